@@ -1,0 +1,76 @@
+"""An asyncpg pool whose password never goes stale."""
+
+from asyncpool_creds._clock import Clock
+from asyncpool_creds._connector import is_refusal
+from asyncpool_creds._credential import Credential
+from asyncpool_creds._errors import (
+    CredentialError,
+    CredentialExpired,
+    InsecureTransport,
+    ManagerClosed,
+    ProviderError,
+    ProviderTimeout,
+)
+from asyncpool_creds._events import (
+    ConnectionOpened,
+    ConnectionRetired,
+    CredentialInvalidated,
+    CredentialRefreshed,
+    CredentialRefused,
+    Event,
+    Observer,
+    RefreshFailed,
+    ReplacementFailed,
+    RetireReason,
+    ThresholdReduced,
+    log_event,
+)
+from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
+from asyncpool_creds._pool import ConnectionInfo, CredentialPool, Credentials, PoolStats, connect, create_pool
+from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
+
+__all__ = [
+    "BindableProvider",
+    "Clock",
+    "ConnectionInfo",
+    "ConnectionOpened",
+    "ConnectionRetired",
+    "Credential",
+    "CredentialError",
+    "CredentialExpired",
+    "CredentialFunction",
+    "CredentialInvalidated",
+    "CredentialPool",
+    "CredentialProvider",
+    "CredentialRefreshed",
+    "CredentialRefused",
+    "Credentials",
+    "Event",
+    "InsecureTransport",
+    "ManagerClosed",
+    "ManagerStats",
+    "Observer",
+    "PoolStats",
+    "ProviderError",
+    "ProviderTimeout",
+    "RefreshFailed",
+    "ReplacementFailed",
+    "RetireReason",
+    "Stamp",
+    "Target",
+    "ThresholdReduced",
+    "TokenManager",
+    "connect",
+    "create_pool",
+    "is_refusal",
+    "log_event",
+]
+
+_VERSION = "0.1.0"
+
+
+def __getattr__(name: str) -> str:
+    # Lazy, so that a later move to importlib.metadata costs no import time.
+    if name == "__version__":
+        return _VERSION
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

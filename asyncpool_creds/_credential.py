@@ -1,0 +1,112 @@
+"""A credential: what the database asks for, and until when it is good."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import KW_ONLY, dataclass, field
+from datetime import UTC, datetime
+from typing import Final, NoReturn, Self
+
+from asyncpool_creds._expiry import read_validity
+
+__all__ = ["Credential"]
+
+# Fingerprints are keyed and die with the process: a hash of a short password that
+# anyone could recompute from a log would be the password itself, a little slower.
+_FINGERPRINT_KEY: Final = os.urandom(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A user's password or token, immutable, with the time it ends.
+
+    The secret is never part of ``repr`` or ``str``, and a credential refuses to be pickled.
+
+    Args:
+        password: The password or token to give to the server.
+        user: The user it belongs to; None if the connection's own user is meant.
+        expires_at: Aware datetime from which the server refuses it; None: never.
+        refresh_at: Aware datetime from which the source wants to be asked again
+            (Entra's ``refresh_on``, Redshift's ``nextRefreshTime``, a share of a
+            Vault lease); comes before any refresh threshold.
+        ends_session: True if the server also ends, or cripples, the sessions opened
+            with it when it expires (a Vault dynamic role is dropped).
+        version: The source's own name for this secret (a Secrets Manager version
+            id). Where two credentials both have one, it alone decides whether the
+            secret is the same.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A datetime is naive, or the password is empty.
+    """
+
+    password: str = field(repr=False)
+    _: KW_ONLY
+    user: str | None = None
+    expires_at: datetime | None = None
+    refresh_at: datetime | None = None
+    ends_session: bool = False
+    version: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.password, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Credential: password must be a str, not {type(self.password).__name__}")
+        if not self.password:
+            raise ValueError("Credential: password is empty; the source gave no token")
+        if "\0" in self.password:
+            raise ValueError("Credential: password contains a NUL byte, which PostgreSQL cannot receive")
+        for name in ("user", "version"):
+            value: object = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise TypeError(f"Credential: {name} must be a non-empty str or None, not {type(value).__name__}")
+        for name in ("expires_at", "refresh_at"):
+            object.__setattr__(self, name, _aware_utc(name, getattr(self, name)))
+
+    @classmethod
+    def from_token(cls, token: str, *, user: str | None = None, requested_at: datetime | None = None) -> Self:
+        """Return a credential whose expiry is read from the token itself.
+
+        Understands JSON Web Tokens and the presigned requests that AWS uses as tokens;
+        any other token gets ``expires_at=None``.
+
+        Args:
+            token: The token.
+            user: The user it belongs to.
+            requested_at: Aware datetime at which the request for it began; now, if
+                not given. A life stated by the token is counted from here.
+        """
+        validity = read_validity(token) if isinstance(token, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+        if validity is None:
+            return cls(token, user=user)
+        anchor = _aware_utc("requested_at", requested_at) or datetime.now(UTC)
+        return cls(token, user=user, expires_at=validity.anchored_at(anchor))
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hex digits that tell this secret from others within this process; safe to log."""
+        return hashlib.blake2b(self.password.encode(), digest_size=4, key=_FINGERPRINT_KEY).hexdigest()
+
+    def is_same_secret(self, other: Credential) -> bool:
+        """Return whether `other` opens the same door: the same version, or the same user and password."""
+        if self.version is not None and other.version is not None:
+            return self.version == other.version and self.user == other.user
+        return self.password == other.password and self.user == other.user
+
+    def __repr__(self) -> str:
+        user = "" if self.user is None else f"user={self.user!r}, "
+        expiry = "never" if self.expires_at is None else self.expires_at.isoformat(timespec="seconds")
+        return f"<Credential {self.fingerprint} {user}expires={expiry}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Credential cannot be pickled: fetch it again where it is needed")
+
+
+def _aware_utc(name: str, value: datetime | None) -> datetime | None:
+    if value is None:
+        return None
+    if not isinstance(value, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name} must be an aware datetime or None, not {type(value).__name__}")
+    if value.tzinfo is None or value.utcoffset() is None:
+        raise ValueError(f"{name} is a naive datetime; give it a time zone, as in datetime.now(timezone.utc)")
+    return value.astimezone(UTC)

@@ -1,0 +1,241 @@
+"""What happened: immutable facts for observers, none of which carries a secret."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Literal, TypeAlias
+
+__all__ = [
+    "ConnectionOpened",
+    "ConnectionRetired",
+    "CredentialInvalidated",
+    "CredentialRefreshed",
+    "CredentialRefused",
+    "Event",
+    "Observer",
+    "RefreshFailed",
+    "ReplacementFailed",
+    "RetireReason",
+    "ThresholdReduced",
+    "log_event",
+]
+
+_logger = logging.getLogger("asyncpool_creds")
+
+RetireReason: TypeAlias = Literal["rotated", "expired", "max_lifetime", "drained", "before_acquire", "after_release"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened.
+
+    Args:
+        at: When, as an aware UTC datetime.
+    """
+
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialRefreshed(Event):
+    """The source answered.
+
+    Args:
+        provider: Name of the source.
+        fingerprint: Of the credential that is current now.
+        generation: Its number; grows by one with every rotation.
+        rotated: True if the secret is a new one; False if it is the one we had.
+        expires_at: When it expires; None: never.
+        refresh_at: When it will be refreshed; None: not on its own.
+        duration: Seconds the source took.
+    """
+
+    provider: str
+    fingerprint: str
+    generation: int
+    rotated: bool
+    expires_at: datetime | None
+    refresh_at: datetime | None
+    duration: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefreshFailed(Event):
+    """The source gave nothing usable.
+
+    Args:
+        provider: Name of the source.
+        error: What it said, in our words.
+        retryable: False if it refused for good.
+        attempt: 1 for the first failure since the last success.
+        retry_in: Seconds until the next attempt of our own; None: only when asked.
+        still_valid: True if a valid credential is being served meanwhile.
+    """
+
+    provider: str
+    error: str
+    retryable: bool
+    attempt: int
+    retry_in: float | None
+    still_valid: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialInvalidated(Event):
+    """The current credential was reported as refused and is being fetched anew.
+
+    Args:
+        provider: Name of the source.
+        fingerprint: Of the refused credential.
+        generation: Its number.
+    """
+
+    provider: str
+    fingerprint: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdReduced(Event):
+    """A credential does not outlive the refresh threshold (or minimum validity) asked for: a part of its life is used.
+
+    Args:
+        provider: Name of the source.
+        setting: The argument that was too long.
+        requested: Seconds asked for.
+        used: Seconds used instead.
+        lifetime: Seconds the credential lives.
+    """
+
+    provider: str
+    setting: Literal["refresh_threshold", "min_validity"]
+    requested: float
+    used: float
+    lifetime: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialRefused(Event):
+    """A server refused a credential at connect.
+
+    Args:
+        fingerprint: Of the refused credential.
+        generation: Its number.
+        sqlstate: The server's code, such as 28P01; None if the refusal came without one.
+        retrying: True if a newer credential is being tried.
+    """
+
+    fingerprint: str
+    generation: int
+    sqlstate: str | None
+    retrying: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOpened(Event):
+    """A pool opened a connection.
+
+    Args:
+        generation: Of the credential it was opened with; None in a pool without credentials.
+        replacement: True if it was opened in the background to take another's place.
+        duration: Seconds from the first byte to a usable session.
+    """
+
+    generation: int | None
+    replacement: bool
+    duration: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionRetired(Event):
+    """A pool stopped handing a connection out, and closes it.
+
+    Args:
+        generation: Of the credential it was opened with; None in a pool without credentials.
+        reason: Why.
+        age: Seconds it lived.
+    """
+
+    generation: int | None
+    reason: RetireReason
+    age: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplacementFailed(Event):
+    """A background replacement could not connect; the old connection serves on until its own end.
+
+    Args:
+        error: Class of the error and its SQLSTATE, if it has one.
+        retry_in: Seconds until the next attempt.
+    """
+
+    error: str
+    retry_in: float
+
+
+Observer: TypeAlias = Callable[[Event], None]
+
+
+def log_event(event: Event) -> None:
+    """Log `event` to the logger ``asyncpool_creds``: the observer that is used where none is given.
+
+    Failures are warnings while something valid is served and errors once nothing is;
+    all else is at DEBUG. The event is attached to the record as ``record.event``.
+    """
+    level = logging.DEBUG
+    match event:
+        case RefreshFailed(still_valid=False):
+            level = logging.ERROR
+        case RefreshFailed() | ThresholdReduced() | CredentialRefused() | ReplacementFailed():
+            level = logging.WARNING
+        case _:
+            pass
+    if _logger.isEnabledFor(level):
+        details = " ".join(f"{f.name}={getattr(event, f.name)!s}" for f in fields(event) if f.name != "at")
+        _logger.log(level, "%s %s", type(event).__name__, details, extra={"event": event})
+
+
+class Observers:
+    """The callbacks an owner of events calls, in the order in which they came."""
+
+    __slots__ = ("_callbacks",)
+
+    def __init__(self, on_event: Observer | Iterable[Observer] | None) -> None:
+        if on_event is None:
+            on_event = log_event
+        callbacks = [on_event] if callable(on_event) else list(on_event)
+        for callback in callbacks:
+            _check(callback)
+        self._callbacks: list[Observer] = callbacks
+
+    def subscribe(self, callback: Observer) -> Callable[[], None]:
+        """Call `callback` with every event from now on; return a function that ends that."""
+        _check(callback)
+        self._callbacks.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    def __call__(self, event: Event) -> None:
+        for callback in tuple(self._callbacks):
+            try:
+                callback(event)
+            except Exception:
+                # An observer's bug must not stop a refresh or lose a connection.
+                _logger.exception("observer %s failed on %s", _name(callback), type(event).__name__)
+
+
+def _check(callback: object) -> None:
+    if not callable(callback):
+        raise TypeError(f"on_event takes callables that accept an Event, not {type(callback).__name__}")
+
+
+def _name(callback: object) -> str:
+    return str(getattr(callback, "__qualname__", type(callback).__qualname__))

@@ -1,0 +1,641 @@
+"""The token manager: keeps one good credential at hand, whatever its source does."""
+
+# Stamps are made, renewed and refused by managers only, so their setters are private to this module.
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import os
+import random
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import anyio
+
+from asyncpool_creds import _policy
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._credential import Credential
+from asyncpool_creds._errors import CredentialExpired, ManagerClosed, ProviderError, ProviderTimeout
+from asyncpool_creds._events import (
+    CredentialInvalidated,
+    CredentialRefreshed,
+    Event,
+    Observer,
+    Observers,
+    RefreshFailed,
+    ThresholdReduced,
+)
+from asyncpool_creds._provider import (
+    CredentialFunction,
+    CredentialProvider,
+    as_provider,
+    ask,
+    close_provider,
+    provider_name,
+)
+
+__all__ = ["ManagerStats", "Stamp", "TokenManager"]
+
+# The timer runs on the monotonic clock, which stands still in a suspended process and does
+# not see the wall clock being stepped; looking up this often notices both.
+_WATCH_INTERVAL: Final = 60.0
+
+
+class Stamp:
+    """A credential as a manager holds it: what a connection is marked with.
+
+    A renewal (the same secret with a later expiry) moves the deadlines of the stamp that
+    is already out there, so every connection opened with the secret lives longer too.
+
+    Attributes:
+        credential: The credential.
+        generation: 1 for the manager's first secret, one more with every rotation.
+        obtained_at: When the manager got it, as an aware UTC datetime.
+        is_superseded: True once the manager holds a newer secret.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_expires",
+        "_mono",
+        "_refresh",
+        "_refused",
+        "_session_ends",
+        "_usable",
+        "_wall",
+        "credential",
+        "generation",
+        "is_superseded",
+        "obtained_at",
+    )
+
+    def __init__(
+        self, credential: Credential, generation: int, plan: _policy.RefreshPlan, wall: float, mono: float
+    ) -> None:
+        self.generation = generation
+        self.is_superseded = False
+        self._refused = False
+        self._renew(credential, plan, wall, mono)
+
+    def _renew(self, credential: Credential, plan: _policy.RefreshPlan, wall: float, mono: float) -> None:
+        self.credential = credential
+        self.obtained_at = datetime.fromtimestamp(wall, UTC)
+        self._wall, self._mono = wall, mono
+        # Each moment is seconds since `obtained_at`: it has come when either clock says so.
+        self._refresh = _or_never(plan.refresh_in)
+        self._usable = _or_never(plan.usable_for)
+        self._expires = _or_never(plan.expires_in)
+        self._session_ends = self._expires * (_policy.ENDS_SESSION_SHARE if credential.ends_session else 1)
+
+    def _age(self, clock: Clock) -> float:
+        return max(clock.monotonic() - self._mono, clock.time() - self._wall)
+
+    def is_stale(self, clock: Clock) -> bool:
+        """Return whether it is time to refresh."""
+        return self._age(clock) >= self._refresh
+
+    def is_usable(self, clock: Clock) -> bool:
+        """Return whether it may be handed out: not refused, and valid for the minimum validity yet."""
+        return not self._refused and self._age(clock) < self._usable
+
+    def seconds_left(self, clock: Clock) -> float:
+        """Return the seconds until the server refuses it; infinity if it never expires."""
+        return self._expires - self._age(clock)
+
+    def session_seconds_left(self, clock: Clock) -> float:
+        """Return the seconds until sessions opened with it have to be gone; infinity if it never expires."""
+        return self._session_ends - self._age(clock)
+
+    def __repr__(self) -> str:
+        return f"<Stamp generation={self.generation} {self.credential!r}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagerStats:
+    """Counters of a manager since it was made.
+
+    Args:
+        fetches: Requests made to the source.
+        failures: Requests that gave nothing usable.
+        rotations: Times the secret changed; the first one does not count.
+        generation: Of the current secret; 0 before the first.
+        seconds_left: Until the current credential expires; None if there is none, or it never does.
+    """
+
+    fetches: int
+    failures: int
+    rotations: int
+    generation: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: ProviderError
+    attempt: int
+    retry_at: float
+    hold_until: float
+
+
+class TokenManager:
+    """Keep a credential fresh: one fetch at a time, in the background, shared by all callers.
+
+    Use it as an async context manager, or call `start` and `aclose`. It binds to the event
+    loop of its first use. After a fork, the child starts afresh with the credential it inherited.
+
+    Args:
+        provider: The source: a provider, or a (possibly async) function that returns a
+            `Credential` or a token. The manager closes it with itself.
+        refresh_threshold: Seconds (or a timedelta) before expiry at which a refresh is
+            due; default: the smaller of five minutes and a fifth of the life. A threshold
+            that is not shorter than a credential's life is cut to a fifth of it. A
+            `Credential.refresh_at` comes first. Refreshes are jittered: up to a tenth of
+            the time that is left to expiry later.
+        background: False: no timer and no task between calls (serverless); staleness is
+            noticed, and refreshed, on the next call.
+        fetch_timeout: Seconds a single fetch may take.
+        min_validity: Seconds for which a credential is still good when it is handed out;
+            default: the smaller of ten seconds and a twentieth of the life.
+        default_lifetime: Seconds (or a timedelta) that a credential is taken to live if it
+            does not say so itself; default: for ever.
+        on_event: An observer, or several; default: `log_event`.
+        clock: Where the time comes from, for tests.
+
+    Raises:
+        TypeError: `provider` or `on_event` is not what it should be.
+        ValueError: A duration is negative, not finite or not a number.
+    """
+
+    def __init__(
+        self,
+        provider: CredentialProvider | CredentialFunction,
+        *,
+        refresh_threshold: float | timedelta | None = None,
+        background: bool = True,
+        fetch_timeout: float | timedelta = 30.0,
+        min_validity: float | timedelta | None = None,
+        default_lifetime: float | timedelta | None = None,
+        on_event: Observer | Iterable[Observer] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._policy = _policy.RefreshPolicy(
+            None if refresh_threshold is None else _policy.parse_seconds("refresh_threshold", refresh_threshold),
+            None if min_validity is None else _policy.parse_seconds("min_validity", min_validity, zero=True),
+        )
+        self._fetch_timeout = _policy.parse_seconds("fetch_timeout", fetch_timeout)
+        self._default_lifetime = (
+            None if default_lifetime is None else _policy.parse_seconds("default_lifetime", default_lifetime)
+        )
+        self._clock = clock
+        self._provider = as_provider(provider, clock)
+        self._name = provider_name(self._provider)
+        self._background = background
+        self._observers = Observers(on_event)
+
+        self._stamp: Stamp | None = None
+        self._failure: _Failure | None = None
+        self._not_before = -math.inf  # the source had nothing newer: no sooner than this again
+        self._invalidations = 0
+        self._invalidation_hold = -math.inf
+        self._warned_of: set[str] = set()
+        self._fetches = self._failures = self._rotations = self._generation = 0
+
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._flight: asyncio.Task[ProviderError | None] | None = None
+        self._flight_scope: anyio.CancelScope | None = None
+        self._waiters: set[asyncio.Future[ProviderError | None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
+        _managers.add(self)
+
+    # -- what callers use
+
+    async def start(self) -> Self:
+        """Fetch the first credential, so that a broken source shows now and not at the first connect.
+
+        Raises:
+            CredentialExpired: The source gave nothing; it may be tried again.
+        """
+        await self.get()
+        return self
+
+    async def get(self) -> Credential:
+        """Return a credential that is valid now.
+
+        A fresh one is returned without suspending, a stale one too, while it is refreshed
+        behind your back. Otherwise this waits for the fetch that all callers share;
+        cancelling one of them changes nothing for the others.
+
+        Raises:
+            CredentialExpired: Nothing valid is held and the source is failing; its error is the cause.
+            ManagerClosed: The manager is closed.
+            RuntimeError: The manager belongs to another event loop.
+        """
+        return (await self.stamp()).credential
+
+    async def stamp(self) -> Stamp:
+        """Return what `get` returns, with its generation and deadlines: what a pool marks a connection with."""
+        while True:
+            loop = self._running_loop()
+            stamp = self._stamp
+            if stamp is not None and stamp.is_usable(self._clock):
+                if self._flight is None and stamp.is_stale(self._clock) and self._may_retry():
+                    self._take_off(loop)
+                return stamp
+            if self._flight is None and self._failure is not None and self._monotonic() < self._failure.hold_until:
+                raise self._nothing_valid(self._failure.error)
+            error = await self._land(loop)
+            if error is not None and not (self._stamp is not None and self._stamp.is_usable(self._clock)):
+                self._running_loop()  # a close in between is the better explanation
+                raise self._nothing_valid(error)
+
+    @property
+    def current(self) -> Credential | None:
+        """The credential that `get` would return without waiting; None if it would wait."""
+        stamp = self._stamp
+        return stamp.credential if stamp is not None and stamp.is_usable(self._clock) else None
+
+    async def refresh(self) -> Credential:
+        """Fetch now, or share the fetch that is under way, and return the credential that is current then.
+
+        Raises:
+            ProviderError: The source gave nothing. What was current before still is.
+            ManagerClosed: The manager is closed.
+            RuntimeError: The manager belongs to another event loop.
+        """
+        error = await self._land(self._running_loop())
+        if error is not None:
+            self._running_loop()
+            raise error
+        return await self.get()
+
+    def invalidate(self, credential: Credential) -> None:
+        """Report that a server refused `credential`; it is not handed out again until the source was asked.
+
+        Nothing happens if it is no longer the current one. Where new credentials are refused
+        time after time (a wrong role is not a stale token), calls are ignored for a while that
+        doubles up to a minute. If the source cannot be reached, the credential stays in use
+        until it expires: it may be good elsewhere.
+        """
+        stamp, now = self._stamp, self._monotonic()
+        if self._closed or stamp is None or stamp._refused or not stamp.credential.is_same_secret(credential):
+            return
+        if now < self._invalidation_hold:
+            return
+        hold = _policy.invalidation_hold(self._invalidations)
+        in_a_row = now < self._invalidation_hold + 2 * hold + _policy.RETRY_CAP
+        self._invalidations = self._invalidations + 1 if in_a_row else 1
+        self._invalidation_hold = now + _policy.invalidation_hold(self._invalidations)
+        stamp._refused = True
+        self._emit(
+            CredentialInvalidated(
+                at=self._now(),
+                provider=self._name,
+                fingerprint=stamp.credential.fingerprint,
+                generation=stamp.generation,
+            )
+        )
+
+    def subscribe(self, callback: Observer) -> Callable[[], None]:
+        """Call `callback` with every event from now on; return a function that ends that."""
+        return self._observers.subscribe(callback)
+
+    @property
+    def background(self) -> bool:
+        """Whether it refreshes, and lets pools replace connections, between calls."""
+        return self._background
+
+    @property
+    def clock(self) -> Clock:
+        """Where this manager takes the time from."""
+        return self._clock
+
+    @property
+    def name(self) -> str:
+        """The name of the source, for messages."""
+        return self._name
+
+    def stats(self) -> ManagerStats:
+        """Return the counters as they stand."""
+        left = None if self._stamp is None else self._stamp.seconds_left(self._clock)
+        return ManagerStats(
+            fetches=self._fetches,
+            failures=self._failures,
+            rotations=self._rotations,
+            generation=self._generation,
+            seconds_left=None if left is None or math.isinf(left) else left,
+        )
+
+    async def aclose(self) -> None:
+        """Stop refreshing, wake everyone who waits with `ManagerClosed`, and close the provider.
+
+        May be called again, and from several tasks: all wait for the same end. If the caller
+        is cancelled, closing goes on by itself.
+        """
+        if self._closing is None:
+            loop = asyncio.get_running_loop()
+            if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
+                raise self._wrong_loop(loop)
+            self._closed = True
+            self._stop_timer()
+            self._wake(None)
+            self._closing = loop.create_task(self._shut_down(), name=f"asyncpool_creds: close {self._name}")
+        await asyncio.shield(self._closing)
+
+    async def __aenter__(self) -> Self:
+        try:
+            return await self.start()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            state = "closed"
+        elif self._stamp is None:
+            state = "empty"
+        else:
+            usable = self._stamp.is_usable(self._clock)
+            stale = self._stamp.is_stale(self._clock)
+            state = f"{self._stamp.credential!r} " + ("expired" if not usable else "stale" if stale else "fresh")
+        return f"<TokenManager {self._name} generation={self._generation} {state}>"
+
+    # -- the single flight
+
+    async def _land(self, loop: asyncio.AbstractEventLoop) -> ProviderError | None:
+        """Wait for the flight that is under way, or a new one; return its error.
+
+        Every waiter has a future of its own, so no cancellation passes between it and the flight.
+        """
+        if self._flight is None:
+            self._take_off(loop)
+        waiter: asyncio.Future[ProviderError | None] = loop.create_future()
+        self._waiters.add(waiter)
+        try:
+            return await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _take_off(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._stop_timer()
+        self._flight_scope = anyio.CancelScope()
+        # An empty context: the flight serves everyone, so the first caller's trace or request is not its own.
+        self._flight = loop.create_task(
+            self._fly(self._flight_scope),
+            name=f"asyncpool_creds: refresh from {self._name}",
+            context=contextvars.Context(),
+        )
+        self._flight.add_done_callback(self._landed)
+
+    async def _fly(self, scope: anyio.CancelScope) -> ProviderError | None:
+        self._fetches += 1
+        started = self._monotonic()
+        credential: Credential | None = None
+        try:
+            # A scope and not a task cancellation: a provider that swallows one is cancelled again.
+            with scope:
+                scope.deadline = anyio.current_time() + self._fetch_timeout
+                credential = await ask(self._provider)
+            if credential is None:
+                raise ProviderTimeout(
+                    f"{self._name}: no answer within fetch_timeout ({self._fetch_timeout:g} s); "
+                    "check that this host can reach the source, or allow more time"
+                )
+            self._adopt(credential, self._monotonic() - started)
+        except ProviderError as error:
+            return error
+        return None
+
+    def _landed(self, flight: asyncio.Task[ProviderError | None]) -> None:
+        if flight is not self._flight:  # a forked child dropped it
+            return
+        self._flight = self._flight_scope = None
+        if self._closed:
+            if not flight.cancelled():
+                flight.exception()
+            return
+        error: ProviderError | None
+        if flight.cancelled():
+            error = ProviderError(f"{self._name}: the fetch was cancelled by the provider, or by a loop that is ending")
+        elif (bug := flight.exception()) is not None:
+            error = ProviderError(f"{self._name}: fetch() raised {type(bug).__name__}; see the cause")
+            error.__cause__ = bug
+        else:
+            error = flight.result()
+        if error is not None:
+            self._fail(error)
+        self._wake(error)
+        self._arm()
+
+    def _adopt(self, credential: Credential, duration: float) -> None:
+        wall, mono = self._clock.time(), self._monotonic()
+        lifetime = self._default_lifetime
+        if credential.expires_at is not None:
+            lifetime = credential.expires_at.timestamp() - wall
+            if lifetime <= 0:
+                raise ProviderError(
+                    f"{self._name}: handed out a credential that expired {-lifetime:.0f} s ago; "
+                    "either the source caches too long, or this host's clock is ahead"
+                )
+        hint = None if credential.refresh_at is None else credential.refresh_at.timestamp() - wall
+        plan = self._policy.plan(lifetime=lifetime, hint=hint, chance=random.random())  # noqa: S311 - jitter
+        stamp = self._stamp
+        self._failure = None
+        if stamp is not None and stamp.credential.is_same_secret(credential):
+            rotated = False
+            stamp._renew(credential, plan, wall, mono)
+            stamp._refused = False
+            self._not_before = mono + _policy.same_secret_delay(remaining=lifetime)
+        else:
+            rotated = stamp is not None
+            if stamp is not None:
+                stamp.is_superseded = True
+                self._rotations += 1
+            self._generation += 1
+            self._stamp = stamp = Stamp(credential, self._generation, plan, wall, mono)
+            self._not_before = -math.inf
+        self._warn_of_cuts(plan)
+        self._emit(
+            CredentialRefreshed(
+                at=self._now(),
+                provider=self._name,
+                fingerprint=credential.fingerprint,
+                generation=stamp.generation,
+                rotated=rotated,
+                expires_at=_later(stamp.obtained_at, plan.expires_in),
+                refresh_at=_later(stamp.obtained_at, plan.refresh_in),
+                duration=duration,
+            )
+        )
+
+    def _fail(self, error: ProviderError) -> None:
+        now, stamp = self._monotonic(), self._stamp
+        self._failures += 1
+        attempt = 1 if self._failure is None else self._failure.attempt + 1
+        if stamp is not None:
+            stamp._refused = False  # nothing better is to be had
+        still_valid = stamp is not None and stamp.is_usable(self._clock)
+        remaining = stamp.seconds_left(self._clock) if stamp is not None and still_valid else math.inf
+        chance = random.random()  # noqa: S311 - jitter
+        delay = math.inf
+        if error.retryable:
+            delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=error.retry_after, chance=chance)
+        hold = _policy.negative_hold(attempt, retry_after=error.retry_after, retryable=error.retryable, chance=chance)
+        self._failure = _Failure(error, attempt, now + delay, now + hold)
+        self._emit(
+            RefreshFailed(
+                at=self._now(),
+                provider=self._name,
+                error=str(error),
+                retryable=error.retryable,
+                attempt=attempt,
+                retry_in=delay if self._background and not math.isinf(delay) else None,
+                still_valid=still_valid,
+            )
+        )
+
+    def _wake(self, error: ProviderError | None) -> None:
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(error)
+
+    # -- the timer
+
+    def _may_retry(self) -> bool:
+        retry_at = -math.inf if self._failure is None else self._failure.retry_at
+        return self._monotonic() >= max(self._not_before, retry_at)
+
+    def _arm(self) -> None:
+        """Set the timer for the next refresh or retry."""
+        if not self._background or self._closed or self._loop is None:
+            return
+        now = self._monotonic()
+        due = -math.inf if self._failure is None else self._failure.retry_at
+        if self._stamp is not None and self._stamp.is_usable(self._clock):
+            due = max(due, self._not_before, now + self._stamp._refresh - self._stamp._age(self._clock))
+        if math.isinf(due):
+            return
+        self._timer = self._loop.call_later(min(max(due - now, 0.0), _WATCH_INTERVAL), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        stamp = self._stamp
+        fresh = stamp is not None and stamp.is_usable(self._clock) and not stamp.is_stale(self._clock)
+        if self._flight is None and self._loop is not None and not fresh and self._may_retry():
+            self._take_off(self._loop)
+        elif self._flight is None:
+            self._arm()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- loops, forks and the end
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._closed:
+            raise ManagerClosed(f"the token manager of {self._name} is closed; make a new one")
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                raise self._wrong_loop(loop)
+            self._loop = loop
+            self._arm()
+        return loop
+
+    def _wrong_loop(self, loop: asyncio.AbstractEventLoop) -> RuntimeError:
+        return RuntimeError(
+            f"the token manager of {self._name} belongs to event loop {self._loop!r} and was used from {loop!r}; "
+            "make one manager per event loop (inside each asyncio.run)"
+        )
+
+    def _start_afresh_after_fork(self) -> None:
+        # The parent's task and timer are dead here. They are kept, because a pending task that is
+        # collected complains, and closing it would run the provider's clean-up on the parent's sockets.
+        _left_by_parent.append((self._flight, self._timer, self._closing, self._waiters))
+        self._loop = self._flight = self._flight_scope = self._timer = self._closing = None
+        self._waiters = set()
+
+    async def _shut_down(self) -> None:
+        flight = self._flight
+        if flight is not None:
+            if self._flight_scope is not None:
+                self._flight_scope.cancel()
+            await asyncio.wait((flight,))
+        await close_provider(self._provider)
+
+    # -- small change
+
+    def _monotonic(self) -> float:
+        return self._clock.monotonic()
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.time(), UTC)
+
+    def _emit(self, event: Event) -> None:
+        self._observers(event)
+
+    def _nothing_valid(self, error: ProviderError) -> CredentialExpired:
+        last = (
+            "never gave one" if self._stamp is None else f"gave the last one at {self._stamp.obtained_at:%H:%M:%S} UTC"
+        )
+        expired = CredentialExpired(f"no valid credential: {self._name} {last}, and the latest request failed: {error}")
+        expired.__cause__ = error
+        return expired
+
+    def _warn_of_cuts(self, plan: _policy.RefreshPlan) -> None:
+        cuts: tuple[tuple[Literal["refresh_threshold", "min_validity"], float | None, float | None], ...] = (
+            ("refresh_threshold", self._policy.threshold, plan.threshold_cut),
+            ("min_validity", self._policy.min_validity, plan.min_validity_cut),
+        )
+        for setting, requested, used in cuts:
+            if used is None or requested is None or plan.expires_in is None or setting in self._warned_of:
+                continue
+            self._warned_of.add(setting)
+            self._emit(
+                ThresholdReduced(
+                    at=self._now(),
+                    provider=self._name,
+                    setting=setting,
+                    requested=requested,
+                    used=used,
+                    lifetime=plan.expires_in,
+                )
+            )
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _later(start: datetime, seconds: float | None) -> datetime | None:
+    return None if seconds is None else start + timedelta(seconds=seconds)
+
+
+_managers: weakref.WeakSet[TokenManager] = weakref.WeakSet()
+_left_by_parent: list[object] = []
+
+
+def _after_fork_in_child() -> None:
+    for manager in _managers:
+        manager._start_afresh_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,187 @@
+"""When to refresh, retry, retire and reconnect: arithmetic without clocks, tasks or I/O.
+
+All times are seconds. `chance` is a number in [0, 1) from the caller's random source,
+so that every decision here can be repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+__all__ = [
+    "RefreshPlan",
+    "RefreshPolicy",
+    "invalidation_hold",
+    "negative_hold",
+    "parse_seconds",
+    "replacement_gap",
+    "retry_delay",
+    "same_secret_delay",
+    "session_deadlines",
+]
+
+# The default threshold is the smaller of five minutes and a fifth of the life. A fixed
+# five minutes would refresh a five-minute token for ever (globus tokens did).
+DEFAULT_THRESHOLD: Final = 300.0
+THRESHOLD_SHARE: Final = 1 / 5
+# A credential must survive the handshake it is handed out for.
+DEFAULT_MIN_VALIDITY: Final = 10.0
+MIN_VALIDITY_SHARE: Final = 1 / 20
+# Refreshes of one fleet are spread over this share of the time left to expiry.
+JITTER_SHARE: Final = 1 / 10
+# A server that ends sessions with the credential gets the last tenth of the life for itself.
+ENDS_SESSION_SHARE: Final = 9 / 10
+
+RETRY_BASE: Final = 1.0
+RETRY_CAP: Final = 60.0
+RETRY_FLOOR: Final = 0.1
+# A source may ask for patience; one that asks for a day has a typo.
+RETRY_AFTER_CAP: Final = 300.0
+# With nothing valid to hand out, callers fail fast for this long before the source is asked again.
+NEGATIVE_CACHE_CAP: Final = 5.0
+# After a refusal for good, the source is asked again at most this often, and only on demand.
+PERMANENT_HOLD: Final = 30.0
+# azure-identity's floor between two attempts that yield the same token.
+SAME_SECRET_FLOOR: Final = 30.0
+LIFETIME_JITTER: Final = 0.05
+COURTESY_CAP: Final = 0.5
+
+
+def parse_seconds(name: str, value: float | timedelta, *, zero: bool = False) -> float:
+    """Return the argument `name` as seconds.
+
+    Raises:
+        ValueError: Not a number or a timedelta, negative, not finite, or zero where that means nothing.
+    """
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        seconds = float(value)
+    else:
+        raise ValueError(f"{name} must be a number of seconds or a timedelta, not {value!r}")  # noqa: TRY004
+    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
+        bound = "zero or more" if zero else "more than zero"
+        raise ValueError(f"{name} must be {bound} and finite, not {value!r}")
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshPlan:
+    """What to do with one credential, in seconds from the moment it was obtained.
+
+    Args:
+        refresh_in: Refresh from here on; None: never on its own.
+        usable_for: Hand it out until here; None: for ever.
+        expires_in: The server refuses it from here on; None: never.
+        threshold_cut: The threshold used instead of the one asked for, if that was too long.
+        min_validity_cut: Likewise for the minimum validity.
+    """
+
+    refresh_in: float | None
+    usable_for: float | None
+    expires_in: float | None
+    threshold_cut: float | None = None
+    min_validity_cut: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshPolicy:
+    """How long before its expiry a credential is refreshed, and until when it is handed out.
+
+    Args:
+        threshold: Seconds before expiry; None: the smaller of five minutes and a fifth of the life.
+        min_validity: Seconds a handed-out credential has left; None: the smaller of ten
+            seconds and a twentieth of the life.
+    """
+
+    threshold: float | None = None
+    min_validity: float | None = None
+
+    def plan(self, *, lifetime: float | None, hint: float | None, chance: float) -> RefreshPlan:
+        """Return the plan for a credential with `lifetime` seconds left.
+
+        A `hint` from the source (seconds until it wants to be asked again) comes before the
+        threshold. The jitter delays a refresh, by at most a tenth of the time left to expiry.
+        """
+        if lifetime is None:
+            return RefreshPlan(None if hint is None else max(hint, 0.0), None, None)
+        threshold, threshold_cut = self._share(self.threshold, DEFAULT_THRESHOLD, THRESHOLD_SHARE, lifetime)
+        margin, margin_cut = self._share(self.min_validity, DEFAULT_MIN_VALIDITY, MIN_VALIDITY_SHARE, lifetime)
+        usable_for = lifetime - margin
+        refresh_in = max(hint, 0.0) if hint is not None and hint < usable_for else min(lifetime - threshold, usable_for)
+        refresh_in += (usable_for - refresh_in) * JITTER_SHARE * chance
+        return RefreshPlan(refresh_in, usable_for, lifetime, threshold_cut, margin_cut)
+
+    @staticmethod
+    def _share(asked: float | None, default: float, share: float, lifetime: float) -> tuple[float, float | None]:
+        if asked is None:
+            return min(default, lifetime * share), None
+        if asked < lifetime:
+            return asked, None
+        return lifetime * share, lifetime * share
+
+
+def retry_delay(attempt: int, *, remaining: float, retry_after: float | None, chance: float) -> float:
+    """Return the seconds to wait after the `attempt`-th failure in a row.
+
+    Exponential with full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter"),
+    and never more than half of the `remaining` life, so that there is always one more try
+    while the old credential works. What the source asks for with Retry-After is honoured
+    as it is, up to five minutes.
+    """
+    backoff = min(RETRY_CAP, RETRY_BASE * 2.0 ** min(attempt - 1, 16)) * chance
+    delay = max(RETRY_FLOOR, min(backoff, remaining / 2))
+    return delay if retry_after is None else max(delay, min(retry_after, RETRY_AFTER_CAP))
+
+
+def negative_hold(attempt: int, *, retry_after: float | None, retryable: bool, chance: float) -> float:
+    """Return for how many seconds callers share the last error while nothing valid is held."""
+    if not retryable:
+        return PERMANENT_HOLD
+    delay = retry_delay(attempt, remaining=math.inf, retry_after=None, chance=chance)
+    hold = min(delay, NEGATIVE_CACHE_CAP)
+    return hold if retry_after is None else max(hold, min(retry_after, RETRY_AFTER_CAP))
+
+
+def same_secret_delay(*, remaining: float | None) -> float:
+    """Return the seconds until asking again a source that gave the same secret without a later expiry."""
+    if remaining is None:
+        return SAME_SECRET_FLOOR
+    return max(RETRY_FLOOR, min(SAME_SECRET_FLOOR, remaining / 4))
+
+
+def invalidation_hold(streak: int) -> float:
+    """Return for how many seconds after the `streak`-th invalidation in a row another one is ignored.
+
+    A wrong role is not a stale token: the server would refuse every new token too.
+    """
+    return min(RETRY_CAP, RETRY_BASE * 2.0 ** min(streak - 1, 16))
+
+
+def session_deadlines(max_lifetime: float | None, *, chance: float) -> tuple[float | None, float | None]:
+    """Return when a connection wants replacing and when it must be gone, in seconds from its start.
+
+    Replacement is due up to 5 % early (pools whose connections were all opened at once
+    would reconnect at once), and at least half of that, so that the new one stands in time.
+    """
+    if max_lifetime is None:
+        return None, None
+    return max_lifetime * (1 - LIFETIME_JITTER * (1 + chance) / 2), max_lifetime
+
+
+def replacement_gap(*, pending: int, window: float | None, cost: float, per_second: float, chance: float) -> float:
+    """Return the seconds to wait between two background connects.
+
+    Spreads the `pending` ones over four fifths of the `window` that is left until the first of
+    them ends, jittered; never faster than `per_second`; where there is no hurry, nine times
+    as long as the last connect took (half a second at most), so that callers do not feel it.
+    """
+    cap = 1 / per_second
+    courtesy = min(cost * 9, COURTESY_CAP)
+    if window is None:
+        return max(cap, courtesy)
+    even = max(window, 0.0) * 0.8 / max(pending, 1)
+    return max(cap, min(even, max(courtesy, even * (0.5 + chance / 2))))

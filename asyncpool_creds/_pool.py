@@ -1,0 +1,628 @@
+"""The pool: asyncpg's own, with a password that never goes stale."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import os
+import weakref
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
+
+import asyncpg
+
+from asyncpool_creds import _policy
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, is_refusal
+from asyncpool_creds._events import (
+    ConnectionOpened,
+    ConnectionRetired,
+    CredentialRefreshed,
+    Event,
+    Observer,
+    Observers,
+    RetireReason,
+)
+from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
+from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
+from asyncpool_creds._rotation import RetireWhen, Rotation, Session
+from asyncpool_creds._slots import AnyProxy, ConnectionHook, Slot
+
+__all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
+
+_logger = logging.getLogger("asyncpool_creds")
+
+Credentials: TypeAlias = TokenManager | CredentialProvider | BindableProvider | CredentialFunction
+RecordT = TypeVar("RecordT", bound=asyncpg.Record)
+
+# A pool of a hundred is replaced in four seconds at this rate; Aurora DSQL's token bucket refills
+# with ten a second in its first, and a hundred a second in its present, documentation.
+DEFAULT_RECONNECTS_PER_SECOND: Final = 25.0
+# A server that has not said goodbye by then is hung up on.
+_CLOSE_TIMEOUT: Final = 10.0
+
+if TYPE_CHECKING:
+
+    class _Pool(asyncpg.Pool[RecordT]):
+        """What is used of asyncpg's pool beyond its public names; the same from 0.29 to 0.32."""
+
+        _loop: asyncio.AbstractEventLoop
+        _holders: list[Slot]
+        _connect_args: Sequence[str | None]
+        _connect_kwargs: dict[str, object]
+        _closed: bool
+
+        def _check_init(self) -> None: ...
+        def _acquire(self, timeout: float | None) -> Coroutine[Any, Any, AnyProxy]: ...
+        async def _initialize(self) -> None: ...
+        async def _get_new_connection(self) -> AnyConnection: ...
+
+else:
+
+    class _Pool(asyncpg.Pool, Generic[RecordT]):
+        __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionInfo:
+    """One slot of a pool.
+
+    Args:
+        state: "in_use", "idle", or "closed" for a slot without a connection.
+        generation: Of the credential it was opened with; None without credentials, or without a connection.
+        age: Seconds since its connect began.
+        seconds_left: Until it is retired whatever happens; None if no end is known.
+    """
+
+    state: Literal["in_use", "idle", "closed"]
+    generation: int | None = None
+    age: float | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStats:
+    """A pool at one moment, and its counters since it was made.
+
+    Args:
+        connections: One entry a slot.
+        in_use: Connections handed out.
+        idle: Connections at rest.
+        spare: Replacements that wait for a busy connection to come back (0 or 1).
+        by_generation: Open connections by the generation of their credential.
+        opened: Connections opened.
+        replaced: Of these, opened in the background to take another's place.
+        replacement_failures: Attempts at that which failed.
+        retired: Connections retired, by reason.
+        waits: Acquires that had to wait for a connect.
+        manager: The counters of the pool's manager; None without credentials.
+    """
+
+    connections: tuple[ConnectionInfo, ...]
+    in_use: int
+    idle: int
+    spare: int
+    by_generation: Mapping[int, int]
+    opened: int
+    replaced: int
+    replacement_failures: int
+    retired: Mapping[RetireReason, int]
+    waits: int
+    manager: ManagerStats | None
+
+
+class CredentialPool(_Pool[RecordT]):
+    """An `asyncpg.Pool` whose connections are opened with the current credential of a manager.
+
+    Made by `create_pool`, which documents the arguments.
+    """
+
+    def __init__(
+        self,
+        dsn: str | None = None,
+        *,
+        credentials: Credentials | None = None,
+        retire_when: RetireWhen = "expired",
+        max_lifetime: float | timedelta | None = None,
+        before_acquire: ConnectionHook | None = None,
+        after_release: ConnectionHook | None = None,
+        max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
+        require_tls: bool | None = None,
+        is_refusal: Callable[[BaseException], bool] = is_refusal,
+        on_event: Observer | Iterable[Observer] | None = None,
+        connect: ConnectFunction | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+        **asyncpg_arguments: Any,  # what asyncpg.create_pool takes, checked by it
+    ) -> None:
+        if retire_when not in ("expired", "rotated", "never"):
+            raise ValueError(f'retire_when must be "expired", "rotated" or "never", not {retire_when!r}')
+        if require_tls not in (None, True, False):
+            raise ValueError(f"require_tls must be None, True or False, not {require_tls!r}")
+        for name, hook in (("before_acquire", before_acquire), ("after_release", after_release)):
+            if hook is not None and not callable(hook):  # pyright: ignore[reportUnnecessaryComparison]
+                raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
+        self._retire_when: RetireWhen = retire_when
+        self._max_lifetime = None if max_lifetime is None else _policy.parse_seconds("max_lifetime", max_lifetime)
+        self._per_second = _policy.parse_seconds("max_reconnects_per_second", max_reconnects_per_second)
+        self._events = Observers(on_event)
+        self.before_acquire = before_acquire
+        self.after_release = after_release
+
+        arguments: dict[str, Any] = {**_asyncpg_defaults(), **asyncpg_arguments, "loop": loop, "connect": self._open}
+        super().__init__(dsn, **arguments)
+
+        self._user_connect = connect
+        self._clock: Clock = SYSTEM_CLOCK
+        self._process = os.getpid()
+        self._sessions: weakref.WeakKeyDictionary[AnyConnection, Session] = weakref.WeakKeyDictionary()
+        self._closings: dict[asyncio.Task[None], AnyConnection] = {}
+        self._disposal: asyncio.Task[None] | None = None
+        self._opened = self._waits = 0
+        self._retired: Counter[RetireReason] = Counter()
+        self.connecting: set[Slot] = set()
+
+        self._connector: Connector | None = None
+        self._bindable: BindableProvider | None = None
+        self._managers: dict[Target | None, TokenManager] = {}
+        self._shared: TokenManager | None = None
+        self._unsubscribe: Callable[[], None] | None = None
+        if credentials is not None:
+            self._connector = Connector(
+                connect,
+                manager_of=self._manager_of,
+                one_manager_per_host=_is_bindable(credentials),
+                require_tls=require_tls,
+                is_refusal=is_refusal,
+                observers=self._events,
+            )
+            self._use(credentials, forward=on_event is not None)
+        self._rotation = Rotation(
+            self,
+            loop=self._loop,
+            clock=self._clock,
+            retire_when=retire_when,
+            per_second=self._per_second,
+            observers=self._events,
+        )
+
+    def _use(self, credentials: Credentials, *, forward: bool) -> None:
+        if isinstance(credentials, TokenManager):
+            self._shared = credentials
+            self._clock = credentials.clock
+
+            def observe(event: Event) -> None:
+                self._on_manager_event(event)
+                if forward:
+                    self._events(event)
+
+            self._unsubscribe = credentials.subscribe(observe)
+            self._first_target()
+        elif isinstance(credentials, BindableProvider):
+            # One manager a host; the first is made now, so that arguments it cannot work with show here.
+            self._bindable = credentials
+            self._manager_of(self._first_target())
+        else:
+            self._managers[None] = TokenManager(credentials, on_event=(self._events, self._on_manager_event))
+            self._first_target()
+
+    # -- beyond asyncpg's pool
+
+    @property
+    def manager(self) -> TokenManager | None:
+        """The manager of this pool's credentials; None without credentials.
+
+        Where every host has one of its own, that of the first host.
+        """
+        return None if self._connector is None else self._manager_of(self._first_target())
+
+    def stats(self) -> PoolStats:
+        """Return the state and the counters as they stand."""
+        connections = tuple(self._describe(slot) for slot in self.slots())
+        manager = self.manager
+        return PoolStats(
+            connections=connections,
+            in_use=sum(one.state == "in_use" for one in connections),
+            idle=sum(one.state == "idle" for one in connections),
+            spare=int(self._rotation.has_spare),
+            by_generation=dict(Counter(one.generation for one in connections if one.generation is not None)),
+            opened=self._opened,
+            replaced=self._rotation.replaced,
+            replacement_failures=self._rotation.failures,
+            retired=dict(self._retired),
+            waits=self._waits,
+            manager=None if manager is None else manager.stats(),
+        )
+
+    async def drain(self) -> None:
+        """Retire every connection: those at rest now, those in use when they come back.
+
+        Returns once those at rest are closed. One that is just being opened is retired too.
+        """
+        self._check_init()
+        await self.expire_connections()
+        closings: list[asyncio.Task[None]] = []
+        for slot in self.slots():
+            if slot.is_at_rest and slot.connection is not None:
+                self.retire(slot.connection, "drained")
+                closings.append(self.close_later(slot.vacate()))
+        if closings:
+            await asyncio.wait(closings)
+        restore_floor = getattr(self, "_schedule_min_size_maintenance", None)  # asyncpg 0.32
+        if restore_floor is not None:
+            restore_floor()
+
+    # -- asyncpg's own methods, with what credentials add to them
+
+    async def expire_connections(self) -> None:
+        """Expire all open connections: each is replaced before it would be handed out again.
+
+        As asyncpg's, and with one that is just being opened counted among them on every version.
+        """
+        self._rotation.epoch += 1
+        await super().expire_connections()
+        self._rotation.look()
+
+    async def close(self) -> None:
+        """Close the pool as asyncpg does, then the manager, unless that was handed in."""
+        try:
+            try:
+                await self._rotation.stop()
+            except BaseException:
+                self.terminate()
+                raise
+            await super().close()
+        finally:
+            await asyncio.shield(self._dispose_once())
+
+    def terminate(self) -> None:
+        """Terminate all connections without waiting; the manager is closed by a task of the pool's."""
+        super().terminate()
+        self._rotation.abandon()
+        for connection in tuple(self._closings.values()):
+            connection.terminate()
+        if self._loop.is_running():
+            self._dispose_once()
+
+    def _acquire(self, timeout: float | None) -> Coroutine[Any, Any, AnyProxy]:
+        if self._process != os.getpid():
+            raise asyncpg.InterfaceError(
+                f"this pool was made in process {self._process}, whose connections a forked child must not touch; "
+                "make a pool in each process, after the fork"
+            )
+        return super()._acquire(timeout)
+
+    async def _initialize(self) -> None:
+        try:
+            await super()._initialize()
+        except BaseException:
+            if self._connector is not None:
+                # asyncpg 0.30 and 0.31 leave the connections that did open where they are.
+                self._closed = True
+                for holder in self._holders:
+                    holder.terminate()
+                await asyncio.shield(self._dispose_once())
+            raise
+        for holder in self._holders:
+            holder.__class__ = Slot
+        manager = self.manager
+        if manager is None or manager.background:
+            self._rotation.start()
+
+    async def _get_new_connection(self) -> AnyConnection:
+        return self._rotation.take_spare() or await self._new_connection(replacement=False)
+
+    async def _new_connection(self, *, replacement: bool) -> AnyConnection:
+        started = self._clock.monotonic()
+        connection = await super()._get_new_connection()
+        self._opened += 1
+        session = self._sessions.get(connection)
+        self._events(
+            ConnectionOpened(
+                at=self._now(),
+                generation=None if session is None or session.stamp is None else session.stamp.generation,
+                replacement=replacement,
+                duration=self._clock.monotonic() - started,
+            )
+        )
+        self._rotation.look()
+        return connection
+
+    async def _open(self, *arguments: Any, **keywords: Any) -> AnyConnection:
+        """Connect: what asyncpg calls for every physical connection."""
+        # Taken first: a drain during the handshake counts.
+        epoch, opened = self._rotation.epoch, self._clock.monotonic()
+        stamp: Stamp | None = None
+        if self._connector is None:
+            connect: ConnectFunction = self._user_connect or asyncpg.connect
+            connection = await connect(*arguments, **keywords)
+        else:
+            connection, stamp = await self._connector.open(arguments[0] if arguments else None, keywords)
+        if not isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return connection  # asyncpg says what is wrong with it
+        if self._closed:
+            connection.terminate()
+            raise asyncpg.InterfaceError("pool is closed")
+        self._sessions[connection] = Session(stamp, opened, epoch, self._max_lifetime)
+        connection.add_termination_listener(lambda _: self._rotation.look())
+        return connection
+
+    # -- what slots and rotation ask for
+
+    def slots(self) -> Sequence[Slot]:
+        """Return the pool's slots."""
+        return self._holders
+
+    def session_of(self, connection: AnyConnection) -> Session | None:
+        """Return what is known about `connection`."""
+        return self._sessions.get(connection)
+
+    def end_of(self, connection: AnyConnection) -> RetireReason | None:
+        """Return why `connection` must not be handed out any more, or None."""
+        session = self._sessions.get(connection)
+        return None if session is None else session.ended(self._clock, self._retire_when, self._rotation.epoch)
+
+    async def open_replacement(self) -> AnyConnection:
+        """Return a new connection, initialised, that is in no slot."""
+        return await self._new_connection(replacement=True)
+
+    def retire(self, connection: AnyConnection, reason: RetireReason) -> None:
+        """Count and report that `connection` is retired; somebody else closes it."""
+        self._retired[reason] += 1
+        session = self._sessions.pop(connection, None)
+        if session is not None:
+            self._events(
+                ConnectionRetired(
+                    at=self._now(),
+                    generation=None if session.stamp is None else session.stamp.generation,
+                    reason=reason,
+                    age=self._clock.monotonic() - session.opened,
+                )
+            )
+
+    def close_later(self, connection: AnyConnection) -> asyncio.Task[None]:
+        """Close `connection` in a task of the pool's."""
+        task = self._loop.create_task(_close(connection), name="asyncpool_creds: close a retired connection")
+        self._closings[task] = connection
+        task.add_done_callback(self._closings.pop)
+        return task
+
+    def about_to_connect(self) -> None:
+        """An acquire has to wait for a connect, unless a replacement stands ready."""
+        self._waits += not self._rotation.has_spare
+
+    def released(self, slot: Slot) -> None:
+        """The connection of `slot` has come back."""
+        self._rotation.released(slot)
+
+    # -- managers
+
+    def _manager_of(self, target: Target) -> TokenManager:
+        if self._shared is not None:
+            return self._shared
+        if self._bindable is None:
+            return self._managers[None]
+        manager = self._managers.get(target)
+        if manager is None:
+            provider = self._bindable.bind(target)
+            manager = TokenManager(provider, on_event=(self._events, self._on_manager_event))
+            self._managers[target] = manager
+        return manager
+
+    def _first_target(self) -> Target:
+        assert self._connector is not None  # noqa: S101
+        dsn = self._connect_args[0] if self._connect_args else None
+        return self._connector.route(dsn, self._connect_kwargs)[0].targets[0]
+
+    def _on_manager_event(self, event: Event) -> None:
+        if isinstance(event, CredentialRefreshed):
+            self._rotation.look()
+
+    # -- small change
+
+    def _dispose_once(self) -> asyncio.Task[None]:
+        if self._disposal is None:
+            self._disposal = self._loop.create_task(self._dispose(), name="asyncpool_creds: dispose of a pool")
+        return self._disposal
+
+    async def _dispose(self) -> None:
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        if self._closings:
+            await asyncio.wait(tuple(self._closings))
+        outcomes = await asyncio.gather(*(m.aclose() for m in self._managers.values()), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    def _describe(self, slot: Slot) -> ConnectionInfo:
+        connection = slot.connection
+        if connection is None or connection.is_closed():
+            return ConnectionInfo(state="closed")
+        state: Literal["in_use", "idle"] = "idle" if slot.is_at_rest else "in_use"
+        session = self._sessions.get(connection)
+        if session is None:
+            return ConnectionInfo(state=state)
+        left = session.seconds_left(self._clock, self._retire_when)
+        return ConnectionInfo(
+            state=state,
+            generation=None if session.stamp is None else session.stamp.generation,
+            age=self._clock.monotonic() - session.opened,
+            seconds_left=left if left < math.inf else None,
+        )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.time(), UTC)
+
+
+def _is_bindable(credentials: Credentials) -> bool:
+    return not isinstance(credentials, TokenManager) and isinstance(credentials, BindableProvider)
+
+
+async def _close(connection: AnyConnection) -> None:
+    try:
+        await connection.close(timeout=_CLOSE_TIMEOUT)
+    except Exception as error:  # noqa: BLE001 - it is leaving, one way or the other
+        _logger.debug("closing a retired connection failed (%s); it was terminated", type(error).__name__)
+        connection.terminate()
+
+
+def _asyncpg_defaults() -> dict[str, Any]:
+    """Return the defaults of the installed asyncpg's create_pool: `asyncpg.Pool` itself has none."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(asyncpg.create_pool).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def create_pool(
+    dsn: str | None = None,
+    *,
+    credentials: Credentials | None = None,
+    retire_when: RetireWhen = "expired",
+    max_lifetime: float | timedelta | None = None,
+    before_acquire: ConnectionHook | None = None,
+    after_release: ConnectionHook | None = None,
+    max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
+    require_tls: bool | None = None,
+    is_refusal: Callable[[BaseException], bool] = is_refusal,
+    on_event: Observer | Iterable[Observer] | None = None,
+    init_size: int | None = None,
+    min_size: int = 10,
+    max_size: int = 10,
+    max_queries: int = 50000,
+    max_inactive_connection_lifetime: float = 300.0,
+    connect: ConnectFunction | None = None,
+    setup: Callable[[AnyProxy], Awaitable[None]] | None = None,
+    init: Callable[[AnyConnection], Awaitable[None]] | None = None,
+    reset: Callable[[AnyConnection], Awaitable[None]] | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+    connection_class: type[AnyConnection] = asyncpg.Connection,
+    record_class: type[RecordT] = asyncpg.Record,  # type: ignore[assignment]
+    **connect_kwargs: object,
+) -> CredentialPool[RecordT]:
+    """Return a pool like asyncpg's, whose connections are opened with credentials that are always current.
+
+    To be awaited, or used as an async context manager. Every argument of the installed
+    `asyncpg.create_pool` means what it means there; without `credentials` this is asyncpg's pool.
+
+    Args:
+        dsn: As for asyncpg; without a password, if `credentials` are given.
+        credentials: A `TokenManager` (shared: the pool never closes it), a provider, or a (possibly
+            async) function that returns a `Credential` or a token.
+        retire_when: "expired": a connection is replaced between the refresh and the expiry of its
+            credential, and never handed out past expiry (earlier, if the server ends its sessions).
+            "rotated": replaced as soon as a newer credential has been proven by a connect.
+            "never": credentials are injected, and connections left alone.
+        max_lifetime: Seconds (or a timedelta) after which a connection is retired whatever its
+            credential. Its replacement is due up to 5 % earlier, at random.
+        before_acquire: Sync or async; called with each connection about to be handed out, after
+            `setup`. False retires it, and acquire goes on with another within its timeout.
+        after_release: Sync or async; called with each connection that comes back, before its reset.
+            False retires it. An exception does too, and reaches the one who releases.
+        max_reconnects_per_second: Cap on background replacement connects.
+        require_tls: None: a credential leaves for a host that is neither a Unix socket nor loopback
+            under TLS only; asyncpg's default ``sslmode=prefer`` then means ``require``. True: the
+            same for every host. False: no guard.
+        is_refusal: Decides whether an error of a connect says that the credential was refused, so that
+            it is fetched anew and the connect tried once more; default: `asyncpool_creds.is_refusal`.
+        on_event: An observer, or several, called with every event; default: `log_event`.
+        init_size: As for asyncpg 0.32.
+        min_size: As for asyncpg.
+        max_size: As for asyncpg; a replacement may add one connection to it for a moment.
+        max_queries: As for asyncpg.
+        max_inactive_connection_lifetime: As for asyncpg, in seconds.
+        connect: As for asyncpg; is given the current ``user`` and, as a function, ``password``.
+        setup: As for asyncpg.
+        init: As for asyncpg.
+        reset: As for asyncpg.
+        loop: As for asyncpg.
+        connection_class: As for asyncpg.
+        record_class: As for asyncpg.
+        **connect_kwargs: As for asyncpg.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has an impossible value, or there is a password beside the credentials.
+        InsecureTransport: The arguments would send a credential to a remote host without TLS.
+    """
+    if init_size is not None:
+        if "init_size" not in inspect.signature(asyncpg.create_pool).parameters:
+            raise TypeError(f"init_size needs asyncpg 0.32 or later; {asyncpg.__version__} is installed")
+        connect_kwargs["init_size"] = init_size
+    return CredentialPool(
+        dsn,
+        credentials=credentials,
+        retire_when=retire_when,
+        max_lifetime=max_lifetime,
+        before_acquire=before_acquire,
+        after_release=after_release,
+        max_reconnects_per_second=max_reconnects_per_second,
+        require_tls=require_tls,
+        is_refusal=is_refusal,
+        on_event=on_event,
+        min_size=min_size,
+        max_size=max_size,
+        max_queries=max_queries,
+        max_inactive_connection_lifetime=max_inactive_connection_lifetime,
+        connect=connect,
+        setup=setup,
+        init=init,
+        reset=reset,
+        loop=loop,
+        connection_class=connection_class,
+        record_class=record_class,
+        **connect_kwargs,
+    )
+
+
+async def connect(
+    dsn: str | None = None,
+    *,
+    credentials: Credentials | None = None,
+    require_tls: bool | None = None,
+    is_refusal: Callable[[BaseException], bool] = is_refusal,
+    on_event: Observer | Iterable[Observer] | None = None,
+    **connect_kwargs: Any,  # what asyncpg.connect takes, checked by it
+) -> AnyConnection:
+    """Return a single connection, opened with a current credential; otherwise as `asyncpg.connect`.
+
+    A manager that is handed in stays open. A provider is asked once and closed again.
+
+    Raises:
+        CredentialExpired: The source gave nothing.
+        InsecureTransport: A credential would have left for a remote host without TLS.
+        ValueError: There is a password beside the credentials.
+    """
+    if credentials is None:
+        plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
+        return plain
+    events = Observers(on_event)
+    built: list[TokenManager] = []
+
+    def manager_of(target: Target) -> TokenManager:
+        if isinstance(credentials, TokenManager):
+            return credentials
+        source = credentials.bind(target) if isinstance(credentials, BindableProvider) else credentials
+        built.append(TokenManager(source, background=False, on_event=events))
+        return built[-1]
+
+    connector = Connector(
+        None,
+        manager_of=manager_of,
+        one_manager_per_host=_is_bindable(credentials),
+        require_tls=require_tls,
+        is_refusal=is_refusal,
+        observers=events,
+    )
+    try:
+        connection, _ = await connector.open(dsn, connect_kwargs)
+    finally:
+        for manager in built:
+            await manager.aclose()
+    return connection

@@ -1,0 +1,152 @@
+"""A source of credentials: one method, or any function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from asyncpool_creds._clock import Clock
+from asyncpool_creds._credential import Credential
+from asyncpool_creds._errors import CredentialError, ProviderError
+
+__all__ = [
+    "BindableProvider",
+    "CredentialFunction",
+    "CredentialProvider",
+    "Target",
+    "as_provider",
+    "ask",
+    "close_provider",
+    "provider_name",
+]
+
+CredentialFunction: TypeAlias = Callable[[], "Credential | str | Awaitable[Credential | str]"]
+
+
+@runtime_checkable
+class CredentialProvider(Protocol):
+    """A source of credentials.
+
+    A provider may also have ``async def aclose(self) -> None``; the manager that uses it
+    calls it once, when it closes. It need not cache, retry or coordinate callers: the
+    manager does, and calls `fetch` from one task at a time.
+    """
+
+    async def fetch(self) -> Credential:
+        """Return a credential fetched now.
+
+        Raises:
+            ProviderError: The source gave none. Any other exception counts as a
+                retryable one.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The server that a token is meant for, as the connection arguments name it.
+
+    Args:
+        host: Host name, or the path of a Unix socket.
+        port: TCP port.
+        user: The role to log in as.
+        database: The database; None: the server's default for the user.
+    """
+
+    host: str
+    port: int
+    user: str | None
+    database: str | None
+
+
+@runtime_checkable
+class BindableProvider(Protocol):
+    """A source whose tokens name the host, port and user they are for (RDS IAM)."""
+
+    def bind(self, target: Target) -> CredentialProvider:
+        """Return the provider of tokens for `target`; called once per host of a pool."""
+        ...
+
+
+class FunctionProvider:
+    """A function that returns a credential or a token, as a provider."""
+
+    __slots__ = ("_clock", "_function")
+
+    def __init__(self, function: CredentialFunction, clock: Clock) -> None:
+        self._function = function
+        self._clock = clock
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self._function, "__qualname__", type(self._function).__qualname__))
+
+    async def fetch(self) -> Credential:
+        requested_at = datetime.fromtimestamp(self._clock.time(), UTC)
+        answer = self._function()
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if isinstance(answer, str):
+            return Credential.from_token(answer, requested_at=requested_at)
+        return answer
+
+
+def as_provider(source: CredentialProvider | CredentialFunction, clock: Clock) -> CredentialProvider:
+    """Return `source` as a provider.
+
+    Raises:
+        TypeError: It is neither a provider nor a function.
+    """
+    if isinstance(source, type):
+        raise TypeError(
+            f"credentials: got the class {source.__qualname__}; pass an instance, as in {source.__qualname__}(...)"
+        )
+    if isinstance(source, CredentialProvider):
+        return source
+    if callable(source):
+        return FunctionProvider(source, clock)
+    raise TypeError(
+        f"credentials: expected a TokenManager, a CredentialProvider (an object with 'async def fetch(self)') "
+        f"or a function that returns a Credential or a str, not {type(source).__name__}"
+    )
+
+
+def provider_name(provider: object) -> str:
+    """Return a name for messages and events; never a repr, which may show what it should not."""
+    return provider.name if isinstance(provider, FunctionProvider) else type(provider).__qualname__
+
+
+async def ask(provider: CredentialProvider) -> Credential:
+    """Fetch once, turning whatever goes wrong into a `ProviderError` with its cause.
+
+    The text of a foreign exception is not copied: it may quote the request, secret included.
+    """
+    name = provider_name(provider)
+    try:
+        credential = await provider.fetch()
+    except ProviderError:
+        raise
+    except CredentialError as error:
+        raise ProviderError(f"{name}: {error}", retryable=False) from error
+    except (TypeError, ValueError) as error:
+        raise ProviderError(
+            f"{name}: fetch() raised {type(error).__name__}, which looks like a mistake in the provider; see the cause"
+        ) from error
+    except Exception as error:
+        raise ProviderError(f"{name}: fetch() raised {type(error).__name__}; see the cause") from error
+    if not isinstance(credential, Credential):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ProviderError(
+            f"{name}: expected a Credential (or, from a function, a str), got {type(credential).__name__}",
+            retryable=False,
+        )
+    return credential
+
+
+async def close_provider(provider: CredentialProvider) -> None:
+    """Call the provider's ``aclose``, if it has one."""
+    aclose = getattr(provider, "aclose", None)
+    if aclose is not None:
+        await aclose()

@@ -1,0 +1,367 @@
+"""Make before break: idle connections are replaced one by one before their credential ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final, Literal, Protocol, TypeAlias
+
+import anyio
+import asyncpg
+
+from asyncpool_creds import _policy
+from asyncpool_creds._clock import Clock
+from asyncpool_creds._connector import AnyConnection
+from asyncpool_creds._events import Observers, ReplacementFailed, RetireReason
+from asyncpool_creds._manager import Stamp
+from asyncpool_creds._slots import Slot
+
+__all__ = ["RetireWhen", "Rotation", "RotationHost", "Session"]
+
+RetireWhen: TypeAlias = Literal["expired", "rotated", "never"]
+
+# A suspended process and a stepped wall clock are noticed this often while nothing else happens.
+_WATCH_INTERVAL: Final = 60.0
+
+
+class Session:
+    """What a pool knows about one of its connections.
+
+    Attributes:
+        stamp: Of the credential it was opened with; None in a pool without credentials.
+        opened: When its connect began, on the monotonic clock.
+        epoch: How often the pool had been drained by then.
+    """
+
+    __slots__ = ("_due", "_end", "epoch", "opened", "stamp")
+
+    def __init__(self, stamp: Stamp | None, opened: float, epoch: int, max_lifetime: float | None) -> None:
+        self.stamp = stamp
+        self.opened = opened
+        self.epoch = epoch
+        due, end = _policy.session_deadlines(max_lifetime, chance=random.random())  # noqa: S311 - jitter
+        self._due = math.inf if due is None else opened + due
+        self._end = math.inf if end is None else opened + end
+
+    def ended(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> RetireReason | None:
+        """Return why it must not be handed out any more, or None."""
+        if self.epoch != epoch:
+            return "drained"
+        if clock.monotonic() >= self._end:
+            return "max_lifetime"
+        if retire_when != "never" and self.stamp is not None and self.stamp.session_seconds_left(clock) <= 0:
+            return "expired"
+        return None
+
+    def due(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> RetireReason | None:
+        """Return why it wants replacing now, or None; it may be handed out until it has ended."""
+        reason = self.ended(clock, retire_when, epoch)
+        if reason is not None:
+            return reason
+        if clock.monotonic() >= self._due:
+            return "max_lifetime"
+        stamp = self.stamp
+        if stamp is None or not stamp.is_superseded or retire_when == "never":
+            return None
+        return "rotated" if retire_when == "rotated" or stamp.session_seconds_left(clock) < math.inf else None
+
+    def seconds_left(self, clock: Clock, retire_when: RetireWhen) -> float:
+        """Return the seconds until it ends by itself; infinity if it does not."""
+        left = self._end - clock.monotonic()
+        if retire_when == "never" or self.stamp is None:
+            return left
+        return min(left, self.stamp.session_seconds_left(clock))
+
+    def seconds_until_due(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> float:
+        """Return the seconds until `due` has something to say, as far as the clock alone decides."""
+        if self.due(clock, retire_when, epoch) is not None:
+            return 0.0
+        return min(self._due - clock.monotonic(), self.seconds_left(clock, retire_when))
+
+
+class RotationHost(Protocol):
+    """What the rotation asks of its pool."""
+
+    def slots(self) -> Sequence[Slot]:
+        """Return the pool's slots."""
+        ...
+
+    def session_of(self, connection: AnyConnection) -> Session | None:
+        """Return what is known about `connection`."""
+        ...
+
+    async def open_replacement(self) -> AnyConnection:
+        """Return a new connection, initialised, that is in no slot."""
+        ...
+
+    def retire(self, connection: AnyConnection, reason: RetireReason) -> None:
+        """Count and report that `connection` is retired; somebody else closes it."""
+        ...
+
+    def close_later(self, connection: AnyConnection) -> asyncio.Task[None]:
+        """Close `connection` in a task of the pool's."""
+        ...
+
+
+class Rotation:
+    """Replace what is due, most urgent first: one connector, spread over the time that is left.
+
+    A task runs only while something is due; between, there is a timer.
+
+    Attributes:
+        epoch: How often the pool has been drained.
+        replaced: Connections opened to take another's place.
+        failures: Attempts at that which failed.
+    """
+
+    def __init__(
+        self,
+        host: RotationHost,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        retire_when: RetireWhen,
+        per_second: float,
+        observers: Observers,
+    ) -> None:
+        self._host = host
+        self._loop = loop
+        self._clock = clock
+        self._retire_when: RetireWhen = retire_when
+        self._per_second = per_second
+        self._observers = observers
+        self._spare: AnyConnection | None = None
+        self._closing_old: asyncio.Task[None] | None = None
+        self._one_for_one = False
+        self._news = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._running = False
+        self.epoch = 0
+        self.replaced = 0
+        self.failures = 0
+
+    # -- what the pool tells it
+
+    def start(self) -> None:
+        """Begin to watch the connections."""
+        self._running = True
+        self.look()
+
+    def look(self) -> None:
+        """Look again at what is due: a connection was opened, drained or has died, or a credential has rotated."""
+        self._news.set()
+        if not self._running or self._task is not None:
+            return
+        moment = min(
+            (session.seconds_until_due(self._clock, self._retire_when, self.epoch) for _, session in self._sessions()),
+            default=math.inf,
+        )
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if moment <= 0:
+            self._task = self._loop.create_task(self._run(), name="asyncpool_creds: replace connections")
+            self._task.add_done_callback(self._ran)
+        elif moment < math.inf:
+            self._timer = self._loop.call_later(min(moment, _WATCH_INTERVAL), self.look)
+
+    def released(self, slot: Slot) -> None:
+        """A connection has come back: if it is due and a replacement stands, they change places here and now."""
+        if self._task is None or not slot.is_at_rest or slot.connection is None:
+            return
+        reason = self._due(slot.connection)
+        if reason is not None:
+            self._news.set()
+            spare = self._usable_spare()
+            if spare is not None:
+                self._swap(slot, spare, reason)
+
+    def take_spare(self) -> AnyConnection | None:
+        """Return the replacement that has no slot yet, for a slot that would have to connect."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            self._news.set()
+            if spare.is_closed() or self._due(spare) is not None:
+                self._host.close_later(spare)
+                return None
+        return spare
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a replacement stands that has no slot yet."""
+        return self._spare is not None
+
+    async def stop(self) -> None:
+        """Replace nothing any more; wait for what is under way to be undone."""
+        self.abandon()
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+
+    def abandon(self) -> None:
+        """Replace nothing any more, without waiting."""
+        self._running = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._task is not None:
+            self._task.cancel()
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            self._host.close_later(spare)
+
+    # -- the connector
+
+    async def _run(self) -> None:
+        attempt = 0
+        self._one_for_one = False
+        while pending := self._pending():
+            started = self._loop.time()
+            if self._one_for_one and not await self._make_room(pending):
+                await self._wait(min((left for left, _, _ in pending if left > 0), default=math.inf))
+                continue
+            try:
+                spare = await self._host.open_replacement()
+            except Exception as error:  # noqa: BLE001 - every failure means: the old ones serve on
+                attempt += 1
+                await self._wait_after(error, attempt, pending)
+                continue
+            attempt = 0
+            self.replaced += 1
+            await self._find_a_place(spare)
+            gap = _policy.replacement_gap(
+                pending=len(pending),
+                window=_finite(min(left for left, _, _ in pending)) if self._retire_when == "expired" else None,
+                cost=self._loop.time() - started,
+                per_second=self._per_second,
+                chance=random.random(),  # noqa: S311 - jitter
+            )
+            await asyncio.sleep(max(0.0, started + gap - self._loop.time()))
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        if task.cancelled() or not self._running:
+            return
+        error = task.exception()
+        if error is None:
+            self.look()
+        else:
+            # A bug of ours, or of an init= that raises what is no Exception: be loud, and slow.
+            self._loop.call_exception_handler({"message": "replacing connections failed", "exception": error})
+            self._timer = self._loop.call_later(_WATCH_INTERVAL, self.look)
+
+    async def _make_room(self, pending: Sequence[tuple[float, Slot, RetireReason]]) -> bool:
+        """Close an idle connection that is due: the server has no room for one more."""
+        for _, slot, reason in pending:
+            if slot.is_at_rest:
+                await asyncio.wait((self._retire(slot.vacate(), reason),))
+                return True
+        return False
+
+    async def _wait_after(
+        self, error: Exception, attempt: int, pending: Sequence[tuple[float, Slot, RetireReason]]
+    ) -> None:
+        self.failures += 1
+        # Change over to one for one once; where that is refused as well, overlap is no worse.
+        self._one_for_one = isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one
+        remaining = min(left for left, _, _ in pending)
+        delay = _policy.retry_delay(
+            1 if self._one_for_one else attempt,
+            remaining=remaining if remaining > 0 else math.inf,
+            retry_after=None,
+            chance=random.random(),  # noqa: S311 - jitter
+        )
+        code = getattr(error, "sqlstate", None)
+        name = type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
+        self._observers(
+            ReplacementFailed(at=datetime.fromtimestamp(self._clock.time(), UTC), error=name, retry_in=delay)
+        )
+        # What has ended serves nobody, and asyncpg 0.32 would keep it open for ever.
+        for left, slot, reason in pending:
+            if left <= 0 and slot.is_at_rest:
+                self._retire(slot.vacate(), reason)
+        await asyncio.sleep(delay)
+
+    async def _find_a_place(self, spare: AnyConnection) -> None:
+        """Put `spare` where a connection is due, at once or when a busy one comes back; then see the old one gone."""
+        self._spare = spare
+        while not self._place() and self._spare is spare:
+            if spare.is_closed() or self._due(spare) is not None or not self._pending():
+                self._spare = None
+                self._host.close_later(spare)
+                break
+            session = self._host.session_of(spare)
+            left = math.inf
+            if session is not None:
+                left = session.seconds_until_due(self._clock, self._retire_when, self.epoch)
+            await self._wait(left)
+        if self._closing_old is not None:
+            # No more than one connection above the pool's size, so the next one waits for this one to be gone.
+            await asyncio.wait((self._closing_old,))
+            self._closing_old = None
+
+    def _place(self) -> bool:
+        spare = self._usable_spare()
+        if spare is None:
+            return False
+        for _, slot, reason in self._pending():
+            if slot.is_at_rest:
+                self._swap(slot, spare, reason)
+                return True
+        vacant = next((slot for slot in self._host.slots() if slot.is_vacant), None) if self._one_for_one else None
+        if vacant is None:
+            return False
+        self._spare = None
+        vacant.fill(spare)
+        return True
+
+    def _usable_spare(self) -> AnyConnection | None:
+        spare = self._spare
+        return None if spare is None or spare.is_closed() or self._due(spare) is not None else spare
+
+    def _swap(self, slot: Slot, spare: AnyConnection, reason: RetireReason) -> None:
+        self._spare = None
+        old = slot.vacate()
+        slot.fill(spare)
+        self._closing_old = self._retire(old, reason)
+
+    # -- small change
+
+    def _retire(self, connection: AnyConnection, reason: RetireReason) -> asyncio.Task[None]:
+        self._host.retire(connection, reason)
+        return self._host.close_later(connection)
+
+    def _sessions(self) -> list[tuple[Slot, Session]]:
+        found: list[tuple[Slot, Session]] = []
+        for slot in self._host.slots():
+            connection = slot.connection
+            session = None if connection is None or connection.is_closed() else self._host.session_of(connection)
+            if session is not None:
+                found.append((slot, session))
+        return found
+
+    def _pending(self) -> list[tuple[float, Slot, RetireReason]]:
+        """Return what is due as (seconds left, slot, reason), most urgent first."""
+        pending: list[tuple[float, Slot, RetireReason]] = []
+        for slot, session in self._sessions():
+            reason = session.due(self._clock, self._retire_when, self.epoch)
+            if reason is not None:
+                pending.append((session.seconds_left(self._clock, self._retire_when), slot, reason))
+        return sorted(pending, key=lambda one: one[0])
+
+    def _due(self, connection: AnyConnection) -> RetireReason | None:
+        session = self._host.session_of(connection)
+        return None if session is None else session.due(self._clock, self._retire_when, self.epoch)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait until something has happened, or for so long."""
+        with anyio.move_on_after(min(max(seconds, 0.0), _WATCH_INTERVAL)):
+            await self._news.wait()
+        self._news.clear()
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if seconds < math.inf else None

@@ -1,0 +1,215 @@
+"""The slots of asyncpg's pool: where connections are checked on their way out and in, and swapped.
+
+This is the one file that reaches into asyncpg's `PoolConnectionHolder`. The attributes it
+uses have been the same from asyncpg 0.29 to 0.32.
+"""
+
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import asyncpg
+from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
+
+from asyncpool_creds._connector import AnyConnection
+from asyncpool_creds._events import RetireReason
+
+__all__ = ["AnyProxy", "ConnectionHook", "Slot", "SlotOwner"]
+
+if TYPE_CHECKING:
+    _Holder: TypeAlias = PoolConnectionHolder[Any]
+else:
+    _Holder = PoolConnectionHolder
+
+AnyProxy: TypeAlias = "PoolConnectionProxy[Any]"
+ConnectionHook: TypeAlias = Callable[[AnyProxy], "bool | Awaitable[bool]"]
+
+# No pool has this generation, so asyncpg closes the connection on release (0.29 to 0.32).
+_RETIRED = -1
+
+
+class SlotOwner(Protocol):
+    """What a slot asks of its pool."""
+
+    before_acquire: ConnectionHook | None
+    after_release: ConnectionHook | None
+    connecting: set[Slot]
+
+    def end_of(self, connection: AnyConnection) -> RetireReason | None:
+        """Return why `connection` must not be handed out any more, or None."""
+        ...
+
+    def retire(self, connection: AnyConnection, reason: RetireReason) -> None:
+        """Count and report that `connection` is retired; somebody else closes it."""
+        ...
+
+    def close_later(self, connection: AnyConnection) -> asyncio.Task[None]:
+        """Close `connection` in a task of the pool's."""
+        ...
+
+    def about_to_connect(self) -> None:
+        """An acquire has to wait for a connect."""
+        ...
+
+    def released(self, slot: Slot) -> None:
+        """The connection of `slot` has come back."""
+        ...
+
+    def get_max_size(self) -> int:
+        """Return how many slots there are."""
+        ...
+
+
+class Slot(_Holder):
+    """A holder of asyncpg's that refuses connections which have reached their end.
+
+    asyncpg makes its holders itself, so they are turned into slots by setting their class:
+    this one must have no attributes of its own.
+    """
+
+    __slots__ = ()
+
+    _pool: Any
+    _con: Any
+    _proxy: Any
+    _in_use: Any
+    _generation: Any
+    _inactive_callback: Any
+    _setup_inactive_callback: Callable[[], None]
+
+    @property
+    def connection(self) -> AnyConnection | None:
+        """The connection in this slot, open or not."""
+        connection: AnyConnection | None = self._con
+        return connection
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether an open connection lies here that nobody uses: the only state in which it may be swapped.
+
+        While `setup` runs there is a proxy already, but no `_in_use` yet.
+        """
+        return self._con is not None and self._proxy is None and self._in_use is None and not self._con.is_closed()
+
+    @property
+    def is_vacant(self) -> bool:
+        """Whether there is no connection here and none on its way."""
+        owner: SlotOwner = self._pool
+        return self._con is None and self._proxy is None and self._in_use is None and self not in owner.connecting
+
+    def vacate(self) -> AnyConnection:
+        """Take the connection out of a slot at rest."""
+        connection: AnyConnection = self._con
+        self._con = None
+        return connection
+
+    def fill(self, connection: AnyConnection) -> None:
+        """Put `connection` into a vacant slot.
+
+        With no await between `vacate` and this, no acquirer sees the slot empty.
+        """
+        self._con = connection
+        self._generation = self._pool._generation
+        if hasattr(connection, "_pool_holder"):  # asyncpg 0.32 tells the holder when an idle connection dies
+            connection._pool_holder = weakref.ref(self)
+        # A timer that is running goes on: re-armed at every rotation, it would never fire.
+        if self._inactive_callback is None:
+            self._setup_inactive_callback()
+
+    # Not a coroutine function, to save one on every acquire.
+    def acquire(self) -> Coroutine[Any, Any, AnyProxy]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        owner: SlotOwner = self._pool
+        if self._con is not None and not self._con.is_closed():
+            reason = owner.end_of(self._con)
+            if reason is not None:
+                owner.retire(self._con, reason)
+                owner.close_later(self.vacate())
+        if self._con is None or self._con.is_closed() or self._generation != self._pool._generation:
+            owner.about_to_connect()
+        if owner.before_acquire is None:
+            return super().acquire()
+        return self._acquire_approved(owner, owner.before_acquire)
+
+    async def _acquire_approved(self, owner: SlotOwner, hook: ConnectionHook) -> AnyProxy:
+        attempts = owner.get_max_size() + 1
+        for _ in range(attempts):
+            proxy: AnyProxy = await super().acquire()
+            try:
+                approved = await _answer(hook, proxy)
+            except BaseException:
+                self._take_back(owner)
+                raise
+            if approved:
+                return proxy
+            self._take_back(owner)
+        raise asyncpg.InterfaceError(
+            f"before_acquire turned down {attempts} connections in a row, new ones among them; "
+            "it should return True for a connection that can be used"
+        )
+
+    def _take_back(self, owner: SlotOwner) -> None:
+        """Undo a checkout that nobody has seen yet, and retire its connection."""
+        proxy, self._proxy = self._proxy, None
+        self._in_use = None
+        if proxy is None:  # the server or the hook closed it
+            return
+        proxy._detach()
+        if self._con is not None:
+            if not self._con.is_closed():
+                owner.retire(self._con, "before_acquire")
+            owner.close_later(self.vacate())
+
+    async def release(self, timeout: float | None) -> None:  # noqa: ASYNC109 - asyncpg's signature
+        owner: SlotOwner = self._pool
+        connection = self._con
+        failure: Exception | None = None
+        if self._in_use is not None and not connection.is_closed():
+            reason: RetireReason | None = None
+            if owner.after_release is not None:
+                try:
+                    async with asyncio.timeout(timeout):
+                        approved = await _answer(owner.after_release, self._proxy)
+                except Exception as error:  # noqa: BLE001 - raised below, once the slot is free
+                    failure, approved = error, False
+                if not approved:
+                    reason = "after_release"
+                if self._con is not connection:
+                    return  # it died meanwhile, and asyncpg has freed the slot
+            reason = reason or owner.end_of(connection)
+            if reason is not None:
+                owner.retire(connection, reason)
+                self._generation = _RETIRED
+        try:
+            await super().release(timeout)
+        finally:
+            # Nothing runs between asyncpg's putting the slot back and this: a replacement that
+            # waits for it is in before the next acquirer sees it.
+            owner.released(self)
+        if failure is not None:
+            raise failure
+
+    async def connect(self) -> None:
+        owner: SlotOwner = self._pool
+        owner.connecting.add(self)
+        try:
+            await super().connect()
+            reason = owner.end_of(self._con)
+            if reason is not None:
+                # Drained, or its credential expired, during the handshake. Once more and no oftener:
+                # a server that is slower than its tokens live would keep us here for ever.
+                owner.retire(self._con, reason)
+                owner.close_later(self.vacate())
+                await super().connect()
+        finally:
+            owner.connecting.discard(self)
+
+
+async def _answer(hook: ConnectionHook, proxy: AnyProxy) -> bool:
+    answer = hook(proxy)
+    return bool(await answer) if inspect.isawaitable(answer) else bool(answer)
