@@ -12,7 +12,7 @@ from asyncpool_creds._errors import CredentialError, InsecureTransport
 from asyncpool_creds._events import CredentialRefused, Observers
 from asyncpool_creds._manager import Stamp, TokenManager
 from asyncpool_creds._provider import Target
-from asyncpool_creds._target import Route, forbid_password, read_route, require_tls
+from asyncpool_creds._target import Route, forbid_password, read_route, require_tls, routing_arguments
 
 __all__ = ["AnyConnection", "ConnectFunction", "Connector", "is_refusal"]
 
@@ -87,16 +87,17 @@ class Connector:
 
         Read once for as long as the arguments stay the same: reading builds an SSLContext.
         """
-        if self._read is None or self._read[0] != dsn or self._read[1] != arguments:
+        routing = routing_arguments(arguments)
+        if self._read is None or self._read[0] != dsn or self._read[1] != routing:
             forbid_password(dsn, arguments)
             try:
-                route = read_route(dsn, arguments)
+                route = read_route(dsn, routing)
             except asyncpg.ClientConfigurationError:
                 if not self._is_custom:
                     raise
                 # A connect= of the user's own may read its arguments in its own way; then so is its transport.
                 route = Route((Target(dsn or "", 0, None, None),), "required", "any")
-            self._read = dsn, dict(arguments), route, require_tls(route, self._require_tls)
+            self._read = dsn, routing, route, require_tls(route, self._require_tls)
         return self._read[2], self._read[3]
 
     async def open(self, dsn: str | None, arguments: dict[str, object]) -> tuple[AnyConnection, Stamp]:

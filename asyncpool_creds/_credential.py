@@ -54,8 +54,8 @@ class Credential:
             raise TypeError(f"Credential: password must be a str, not {type(self.password).__name__}")
         if not self.password:
             raise ValueError("Credential: password is empty; the source gave no token")
-        if "\0" in self.password:
-            raise ValueError("Credential: password contains a NUL byte, which PostgreSQL cannot receive")
+        if "\0" in self.password or any("\ud800" <= character <= "\udfff" for character in self.password):
+            raise ValueError("Credential: password contains a NUL or a lone surrogate, which PostgreSQL cannot receive")
         for name in ("user", "version"):
             value: object = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -97,6 +97,12 @@ class Credential:
         user = "" if self.user is None else f"user={self.user!r}, "
         expiry = "never" if self.expires_at is None else self.expires_at.isoformat(timespec="seconds")
         return f"<Credential {self.fingerprint} {user}expires={expiry}>"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Credential cannot be pickled: fetch it again where it is needed")

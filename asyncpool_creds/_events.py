@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -207,19 +208,24 @@ class Observers:
     def __init__(self, on_event: Observer | Iterable[Observer] | None) -> None:
         if on_event is None:
             on_event = log_event
-        callbacks = [on_event] if callable(on_event) else list(on_event)
-        for callback in callbacks:
+        self._callbacks: list[Observer] = []
+        if callable(on_event):
+            on_event = (on_event,)
+        elif not isinstance(on_event, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise _not_an_observer(on_event)
+        for callback in on_event:
             _check(callback)
-        self._callbacks: list[Observer] = callbacks
+            self._callbacks.append(callback)
 
     def subscribe(self, callback: Observer) -> Callable[[], None]:
         """Call `callback` with every event from now on; return a function that ends that."""
         _check(callback)
-        self._callbacks.append(callback)
+        # Its own entry, so that ending this subscription twice does not end another one of the same callback.
+        entry = _Subscription(callback)
+        self._callbacks.append(entry)
 
         def unsubscribe() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
+            self._callbacks = [known for known in self._callbacks if known is not entry]
 
         return unsubscribe
 
@@ -232,9 +238,29 @@ class Observers:
                 _logger.exception("observer %s failed on %s", _name(callback), type(event).__name__)
 
 
+class _Subscription:
+    __slots__ = ("__qualname__", "_callback")
+
+    def __init__(self, callback: Observer) -> None:
+        self._callback = callback
+        self.__qualname__ = _name(callback)
+
+    def __call__(self, event: Event) -> None:
+        self._callback(event)
+
+
 def _check(callback: object) -> None:
     if not callable(callback):
-        raise TypeError(f"on_event takes callables that accept an Event, not {type(callback).__name__}")
+        raise _not_an_observer(callback)
+    if inspect.iscoroutinefunction(callback):
+        raise TypeError(
+            f"on_event takes plain functions, and {_name(callback)} is a coroutine function, which nobody would await; "
+            "let it put the event into a queue"
+        )
+
+
+def _not_an_observer(value: object) -> TypeError:
+    return TypeError(f"on_event takes callables that accept an Event, not {type(value).__name__}")
 
 
 def _name(callback: object) -> str:

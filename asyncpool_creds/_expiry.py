@@ -28,9 +28,9 @@ class Validity:
         we asked, so that a host whose clock runs late does not cut it short; never
         for longer than its absolute expiry, since it may have been cached.
         """
-        if self.issued_at is None:
+        if self.issued_at is None or self.expires_at - requested_at <= self.expires_at - self.issued_at:
             return self.expires_at
-        return min(self.expires_at, requested_at + (self.expires_at - self.issued_at))
+        return requested_at + (self.expires_at - self.issued_at)
 
 
 def read_validity(token: str) -> Validity | None:

@@ -47,6 +47,8 @@ __all__ = ["ManagerStats", "Stamp", "TokenManager"]
 # The timer runs on the monotonic clock, which stands still in a suspended process and does
 # not see the wall clock being stepped; looking up this often notices both.
 _WATCH_INTERVAL: Final = 60.0
+# A rounding error before the moment, a timer that is due at once would come round at once for ever.
+_TIMER_GRAIN: Final = 0.001
 
 
 class Stamp:
@@ -98,6 +100,19 @@ class Stamp:
     def _age(self, clock: Clock) -> float:
         return max(clock.monotonic() - self._mono, clock.time() - self._wall)
 
+    @property
+    def expires_at(self) -> datetime | None:
+        """When the server will refuse it, as an aware UTC datetime; None: never."""
+        return self._after(self._expires)
+
+    @property
+    def refresh_at(self) -> datetime | None:
+        """When the manager will ask for a newer one, as an aware UTC datetime; None: not on its own."""
+        return self._after(self._refresh)
+
+    def _after(self, seconds: float) -> datetime | None:
+        return None if math.isinf(seconds) else self.obtained_at + timedelta(seconds=seconds)
+
     def is_stale(self, clock: Clock) -> bool:
         """Return whether it is time to refresh."""
         return self._age(clock) >= self._refresh
@@ -105,6 +120,10 @@ class Stamp:
     def is_usable(self, clock: Clock) -> bool:
         """Return whether it may be handed out: not refused, and valid for the minimum validity yet."""
         return not self._refused and self._age(clock) < self._usable
+
+    def is_valid(self, clock: Clock) -> bool:
+        """Return whether the server would take it: not refused, and not expired."""
+        return not self._refused and self._age(clock) < self._expires
 
     def seconds_left(self, clock: Clock) -> float:
         """Return the seconds until the server refuses it; infinity if it never expires."""
@@ -251,12 +270,27 @@ class TokenManager:
                 if self._flight is None and stamp.is_stale(self._clock) and self._may_retry():
                     self._take_off(loop)
                 return stamp
-            if self._flight is None and self._failure is not None and self._monotonic() < self._failure.hold_until:
-                raise self._nothing_valid(self._failure.error)
+            if self._flight is None:
+                now = self._monotonic()
+                if stamp is not None and now < self._not_before and stamp.is_valid(self._clock):
+                    return stamp  # short of the minimum validity, but all that the source has
+                if self._failure is not None and now < self._failure.hold_until:
+                    return self._last_resort(self._failure.error)
             error = await self._land(loop)
-            if error is not None and not (self._stamp is not None and self._stamp.is_usable(self._clock)):
+            if error is not None:
                 self._running_loop()  # a close in between is the better explanation
-                raise self._nothing_valid(error)
+                return self._last_resort(error)
+
+    def _last_resort(self, error: ProviderError) -> Stamp:
+        """Return what is held if the server would still take it, or raise: the source has failed."""
+        stamp = self._stamp
+        if stamp is not None and stamp.seconds_left(self._clock) > 0:
+            stamp._refused = False  # nothing better is to be had
+            return stamp
+        last = "never gave one" if stamp is None else f"gave the last one at {stamp.obtained_at:%H:%M:%S} UTC"
+        raise CredentialExpired(
+            f"no valid credential: {self._name} {last}, and the latest request failed: {error}"
+        ) from error
 
     @property
     def current(self) -> Credential | None:
@@ -343,8 +377,10 @@ class TokenManager:
         """
         if self._closing is None:
             loop = asyncio.get_running_loop()
-            if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
-                raise self._wrong_loop(loop)
+            if self._loop is not None and self._loop is not loop:
+                if not self._loop.is_closed():
+                    raise self._wrong_loop(loop)
+                self._leave_loop()
             self._closed = True
             self._stop_timer()
             self._wake(None)
@@ -448,7 +484,7 @@ class TokenManager:
             lifetime = credential.expires_at.timestamp() - wall
             if lifetime <= 0:
                 raise ProviderError(
-                    f"{self._name}: handed out a credential that expired {-lifetime:.0f} s ago; "
+                    f"{self._name}: handed out a credential that expired {abs(lifetime):.0f} s ago; "
                     "either the source caches too long, or this host's clock is ahead"
                 )
         hint = None if credential.refresh_at is None else credential.refresh_at.timestamp() - wall
@@ -457,8 +493,9 @@ class TokenManager:
         self._failure = None
         if stamp is not None and stamp.credential.is_same_secret(credential):
             rotated = False
-            stamp._renew(credential, plan, wall, mono)
             stamp._refused = False
+            if _says_more(credential, stamp.credential):
+                stamp._renew(credential, plan, wall, mono)
             self._not_before = mono + _policy.same_secret_delay(remaining=lifetime)
         else:
             rotated = stamp is not None
@@ -468,7 +505,7 @@ class TokenManager:
             self._generation += 1
             self._stamp = stamp = Stamp(credential, self._generation, plan, wall, mono)
             self._not_before = -math.inf
-        self._warn_of_cuts(plan)
+            self._warn_of_cuts(plan)
         self._emit(
             CredentialRefreshed(
                 at=self._now(),
@@ -476,8 +513,8 @@ class TokenManager:
                 fingerprint=credential.fingerprint,
                 generation=stamp.generation,
                 rotated=rotated,
-                expires_at=_later(stamp.obtained_at, plan.expires_in),
-                refresh_at=_later(stamp.obtained_at, plan.refresh_in),
+                expires_at=stamp.expires_at,
+                refresh_at=stamp.refresh_at,
                 duration=duration,
             )
         )
@@ -488,7 +525,7 @@ class TokenManager:
         attempt = 1 if self._failure is None else self._failure.attempt + 1
         if stamp is not None:
             stamp._refused = False  # nothing better is to be had
-        still_valid = stamp is not None and stamp.is_usable(self._clock)
+        still_valid = stamp is not None and stamp.is_valid(self._clock)
         remaining = stamp.seconds_left(self._clock) if stamp is not None and still_valid else math.inf
         chance = random.random()  # noqa: S311 - jitter
         delay = math.inf
@@ -530,7 +567,7 @@ class TokenManager:
             due = max(due, self._not_before, now + self._stamp._refresh - self._stamp._age(self._clock))
         if math.isinf(due):
             return
-        self._timer = self._loop.call_later(min(max(due - now, 0.0), _WATCH_INTERVAL), self._tick)
+        self._timer = self._loop.call_later(min(max(due - now, _TIMER_GRAIN), _WATCH_INTERVAL), self._tick)
 
     def _tick(self) -> None:
         self._timer = None
@@ -565,10 +602,11 @@ class TokenManager:
             "make one manager per event loop (inside each asyncio.run)"
         )
 
-    def _start_afresh_after_fork(self) -> None:
-        # The parent's task and timer are dead here. They are kept, because a pending task that is
-        # collected complains, and closing it would run the provider's clean-up on the parent's sockets.
-        _left_by_parent.append((self._flight, self._timer, self._closing, self._waiters))
+    def _leave_loop(self) -> None:
+        """Forget a loop that is gone: closed, or the parent's after a fork. The credential stays."""
+        # Its task and timer are kept, because a pending task that is collected complains, and closing it
+        # would run the provider's clean-up, in a child on the parent's sockets.
+        _left_behind.append((self._flight, self._timer, self._closing, self._waiters))
         self._loop = self._flight = self._flight_scope = self._timer = self._closing = None
         self._waiters = set()
 
@@ -590,14 +628,6 @@ class TokenManager:
 
     def _emit(self, event: Event) -> None:
         self._observers(event)
-
-    def _nothing_valid(self, error: ProviderError) -> CredentialExpired:
-        last = (
-            "never gave one" if self._stamp is None else f"gave the last one at {self._stamp.obtained_at:%H:%M:%S} UTC"
-        )
-        expired = CredentialExpired(f"no valid credential: {self._name} {last}, and the latest request failed: {error}")
-        expired.__cause__ = error
-        return expired
 
     def _warn_of_cuts(self, plan: _policy.RefreshPlan) -> None:
         cuts: tuple[tuple[Literal["refresh_threshold", "min_validity"], float | None, float | None], ...] = (
@@ -624,17 +654,18 @@ def _or_never(seconds: float | None) -> float:
     return math.inf if seconds is None else seconds
 
 
-def _later(start: datetime, seconds: float | None) -> datetime | None:
-    return None if seconds is None else start + timedelta(seconds=seconds)
+def _says_more(answer: Credential, held: Credential) -> bool:
+    """Return whether the same secret came with news: with other times, or, if it states none, as a confirmation."""
+    return answer.expires_at is None or (answer.expires_at, answer.refresh_at) != (held.expires_at, held.refresh_at)
 
 
 _managers: weakref.WeakSet[TokenManager] = weakref.WeakSet()
-_left_by_parent: list[object] = []
+_left_behind: list[object] = []
 
 
 def _after_fork_in_child() -> None:
     for manager in _managers:
-        manager._start_afresh_after_fork()
+        manager._leave_loop()
 
 
 if hasattr(os, "register_at_fork"):

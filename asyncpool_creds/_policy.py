@@ -27,6 +27,9 @@ __all__ = [
 # five minutes would refresh a five-minute token for ever (globus tokens did).
 DEFAULT_THRESHOLD: Final = 300.0
 THRESHOLD_SHARE: Final = 1 / 5
+# A longer threshold is cut. Not at the whole life: a five-minute token that took a moment to arrive,
+# or was rounded up, would be refreshed within that moment again.
+LONGEST_SHARE: Final = 9 / 10
 # A credential must survive the handshake it is handed out for.
 DEFAULT_MIN_VALIDITY: Final = 10.0
 MIN_VALIDITY_SHARE: Final = 1 / 20
@@ -59,7 +62,10 @@ def parse_seconds(name: str, value: float | timedelta, *, zero: bool = False) ->
     if isinstance(value, timedelta):
         seconds = value.total_seconds()
     elif isinstance(value, (int, float)) and not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        seconds = float(value)
+        try:
+            seconds = float(value)
+        except OverflowError:  # an int of more than three hundred digits
+            seconds = math.inf
     else:
         raise ValueError(f"{name} must be a number of seconds or a timedelta, not {value!r}")  # noqa: TRY004
     if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
@@ -106,12 +112,18 @@ class RefreshPolicy:
         A `hint` from the source (seconds until it wants to be asked again) comes before the
         threshold. The jitter delays a refresh, by at most a tenth of the time left to expiry.
         """
+        if hint is not None:
+            # One in the past, or a moment away, would be a refresh loop with a source that means it.
+            hint = max(hint, same_secret_delay(remaining=lifetime) if hint <= 0 else RETRY_BASE)
         if lifetime is None:
-            return RefreshPlan(None if hint is None else max(hint, 0.0), None, None)
+            return RefreshPlan(hint, None, None)
         threshold, threshold_cut = self._share(self.threshold, DEFAULT_THRESHOLD, THRESHOLD_SHARE, lifetime)
         margin, margin_cut = self._share(self.min_validity, DEFAULT_MIN_VALIDITY, MIN_VALIDITY_SHARE, lifetime)
         usable_for = lifetime - margin
-        refresh_in = max(hint, 0.0) if hint is not None and hint < usable_for else min(lifetime - threshold, usable_for)
+        # A credential short of its minimum validity makes callers wait, so the refresh begins before that.
+        latest = max(usable_for - margin, usable_for / 2)
+        asked = hint if hint is not None and hint < lifetime else lifetime - threshold
+        refresh_in = min(asked, latest)
         refresh_in += (usable_for - refresh_in) * JITTER_SHARE * chance
         return RefreshPlan(refresh_in, usable_for, lifetime, threshold_cut, margin_cut)
 
@@ -119,7 +131,7 @@ class RefreshPolicy:
     def _share(asked: float | None, default: float, share: float, lifetime: float) -> tuple[float, float | None]:
         if asked is None:
             return min(default, lifetime * share), None
-        if asked < lifetime:
+        if asked < lifetime * LONGEST_SHARE:
             return asked, None
         return lifetime * share, lifetime * share
 
@@ -139,10 +151,9 @@ def retry_delay(attempt: int, *, remaining: float, retry_after: float | None, ch
 
 def negative_hold(attempt: int, *, retry_after: float | None, retryable: bool, chance: float) -> float:
     """Return for how many seconds callers share the last error while nothing valid is held."""
-    if not retryable:
-        return PERMANENT_HOLD
-    delay = retry_delay(attempt, remaining=math.inf, retry_after=None, chance=chance)
-    hold = min(delay, NEGATIVE_CACHE_CAP)
+    hold = PERMANENT_HOLD
+    if retryable:
+        hold = min(retry_delay(attempt, remaining=math.inf, retry_after=None, chance=chance), NEGATIVE_CACHE_CAP)
     return hold if retry_after is None else max(hold, min(retry_after, RETRY_AFTER_CAP))
 
 

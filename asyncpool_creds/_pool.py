@@ -191,6 +191,8 @@ class CredentialPool(_Pool[RecordT]):
         )
 
     def _use(self, credentials: Credentials, *, forward: bool) -> None:
+        # Read now, so that arguments that contradict each other show before anything is opened.
+        target = self._first_target()
         if isinstance(credentials, TokenManager):
             self._shared = credentials
             self._clock = credentials.clock
@@ -201,14 +203,11 @@ class CredentialPool(_Pool[RecordT]):
                     self._events(event)
 
             self._unsubscribe = credentials.subscribe(observe)
-            self._first_target()
         elif isinstance(credentials, BindableProvider):
-            # One manager a host; the first is made now, so that arguments it cannot work with show here.
             self._bindable = credentials
-            self._manager_of(self._first_target())
+            self._manager_of(target)
         else:
             self._managers[None] = TokenManager(credentials, on_event=(self._events, self._on_manager_event))
-            self._first_target()
 
     # -- beyond asyncpg's pool
 

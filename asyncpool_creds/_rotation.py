@@ -25,6 +25,8 @@ RetireWhen: TypeAlias = Literal["expired", "rotated", "never"]
 
 # A suspended process and a stepped wall clock are noticed this often while nothing else happens.
 _WATCH_INTERVAL: Final = 60.0
+# A rounding error before the moment, a timer that is due at once would come round at once for ever.
+_TIMER_GRAIN: Final = 0.001
 
 
 class Session:
@@ -167,7 +169,7 @@ class Rotation:
             self._task = self._loop.create_task(self._run(), name="asyncpool_creds: replace connections")
             self._task.add_done_callback(self._ran)
         elif moment < math.inf:
-            self._timer = self._loop.call_later(min(moment, _WATCH_INTERVAL), self.look)
+            self._timer = self._loop.call_later(min(max(moment, _TIMER_GRAIN), _WATCH_INTERVAL), self.look)
 
     def released(self, slot: Slot) -> None:
         """A connection has come back: if it is due and a replacement stands, they change places here and now."""
@@ -358,7 +360,7 @@ class Rotation:
 
     async def _wait(self, seconds: float) -> None:
         """Wait until something has happened, or for so long."""
-        with anyio.move_on_after(min(max(seconds, 0.0), _WATCH_INTERVAL)):
+        with anyio.move_on_after(min(max(seconds, _TIMER_GRAIN), _WATCH_INTERVAL)):
             await self._news.wait()
         self._news.clear()
 

@@ -140,12 +140,16 @@ class Slot(_Holder):
         attempts = owner.get_max_size() + 1
         for _ in range(attempts):
             proxy: AnyProxy = await super().acquire()
+            # As while asyncpg's `setup` runs: not in use yet, so a connection that dies meanwhile
+            # does not put the slot back into the queue under our hands.
+            in_use, self._in_use = self._in_use, None
             try:
                 approved = await _answer(hook, proxy)
             except BaseException:
                 self._take_back(owner)
                 raise
-            if approved:
+            if approved and self._con is not None:
+                self._in_use = in_use
                 return proxy
             self._take_back(owner)
         raise asyncpg.InterfaceError(
@@ -156,13 +160,10 @@ class Slot(_Holder):
     def _take_back(self, owner: SlotOwner) -> None:
         """Undo a checkout that nobody has seen yet, and retire its connection."""
         proxy, self._proxy = self._proxy, None
-        self._in_use = None
-        if proxy is None:  # the server or the hook closed it
-            return
-        proxy._detach()
+        if proxy is not None:
+            proxy._detach()
         if self._con is not None:
-            if not self._con.is_closed():
-                owner.retire(self._con, "before_acquire")
+            owner.retire(self._con, "before_acquire")
             owner.close_later(self.vacate())
 
     async def release(self, timeout: float | None) -> None:  # noqa: ASYNC109 - asyncpg's signature
@@ -177,20 +178,19 @@ class Slot(_Holder):
                         approved = await _answer(owner.after_release, self._proxy)
                 except Exception as error:  # noqa: BLE001 - raised below, once the slot is free
                     failure, approved = error, False
-                if not approved:
-                    reason = "after_release"
-                if self._con is not connection:
-                    return  # it died meanwhile, and asyncpg has freed the slot
-            reason = reason or owner.end_of(connection)
-            if reason is not None:
-                owner.retire(connection, reason)
-                self._generation = _RETIRED
-        try:
-            await super().release(timeout)
-        finally:
-            # Nothing runs between asyncpg's putting the slot back and this: a replacement that
-            # waits for it is in before the next acquirer sees it.
-            owner.released(self)
+                reason = None if approved else "after_release"
+            if self._con is connection:  # else it died meanwhile, and asyncpg has freed the slot
+                reason = reason or owner.end_of(connection)
+                if reason is not None:
+                    owner.retire(connection, reason)
+                    self._generation = _RETIRED
+        if self._con is connection:
+            try:
+                await super().release(timeout)
+            finally:
+                # Nothing runs between asyncpg's putting the slot back and this: a replacement that
+                # waits for it is in before the next acquirer sees it.
+                owner.released(self)
         if failure is not None:
             raise failure
 

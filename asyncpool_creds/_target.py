@@ -14,7 +14,7 @@ from asyncpg import connect_utils
 from asyncpool_creds._errors import InsecureTransport
 from asyncpool_creds._provider import Target
 
-__all__ = ["Route", "forbid_password", "read_route", "require_tls"]
+__all__ = ["Route", "forbid_password", "read_route", "require_tls", "routing_arguments"]
 
 # asyncpg's own reading of DSN, arguments, PG* variables and service files; there is no public
 # one, and a second parser would sooner or later disagree with it about where a secret goes.
@@ -37,15 +37,20 @@ class Route:
     session_attribute: str
 
 
+def routing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Return those of asyncpg.connect's keyword `arguments` that say where a connection goes."""
+    return {name: value for name, value in arguments.items() if name in _PARSED}
+
+
 def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
-    """Return the route that `dsn` and the keyword `arguments` of asyncpg.connect describe.
+    """Return the route that `dsn` and the routing `arguments` describe.
 
     Raises:
         asyncpg.ClientConfigurationError: As asyncpg.connect does.
     """
     known: dict[str, object] = {}
     known.update(dict.fromkeys(_PARSED))
-    known.update({name: value for name, value in arguments.items() if name in _PARSED})
+    known.update(arguments)
     # A password of ours keeps asyncpg from opening the password file.
     known.update(dsn=dsn, password="-")  # noqa: S106
     addresses, parameters = _parse(**known)
