@@ -1,0 +1,59 @@
+"""Tokens kept in memory: gone with the process, and not shared with a fork of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from asyncpool_creds.storage import StoredTokens
+
+__all__ = ["MemoryStorage"]
+
+
+class MemoryStorage:
+    """A `TokenStorage` for one process.
+
+    Providers may share one, within one event loop. A forked child finds it empty: both
+    would spend the same refresh token.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, StoredTokens] = {}
+        # A lock is gone with its last user, so that none outlives its event loop.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._process = os.getpid()
+
+    async def load(self, key: str) -> StoredTokens | None:
+        """Return what was saved last under `key`."""
+        self._forget_if_forked()
+        return self._tokens.get(key)
+
+    async def save(self, key: str, tokens: StoredTokens) -> None:
+        """Keep `tokens` in place of what was there."""
+        self._forget_if_forked()
+        self._tokens[key] = tokens
+
+    @asynccontextmanager
+    async def lock(self, key: str) -> AsyncGenerator[None]:
+        """Hold the lock of `key`."""
+        self._forget_if_forked()
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        async with lock:
+            yield
+
+    def _forget_if_forked(self) -> None:
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._tokens.clear()
+            self._locks.clear()
+
+    def __repr__(self) -> str:
+        return f"<MemoryStorage {len(self._tokens)} tokens>"
