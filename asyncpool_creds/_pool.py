@@ -38,7 +38,12 @@ __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "conn
 _logger = logging.getLogger("asyncpool_creds")
 
 Credentials: TypeAlias = TokenManager | CredentialProvider | BindableProvider | CredentialFunction
-RecordT = TypeVar("RecordT", bound=asyncpg.Record)
+if TYPE_CHECKING:
+    import typing_extensions
+
+    RecordT = typing_extensions.TypeVar("RecordT", bound=asyncpg.Record, default=asyncpg.Record)
+else:  # a default takes Python 3.13
+    RecordT = TypeVar("RecordT", bound=asyncpg.Record)
 
 # A pool of a hundred is replaced in four seconds at this rate; Aurora DSQL's token bucket refills
 # with ten a second in its first, and a hundred a second in its present, documentation.
@@ -306,8 +311,9 @@ class CredentialPool(_Pool[RecordT]):
                     holder.terminate()
                 await asyncio.shield(self._dispose_once())
             raise
-        for holder in self._holders:
-            holder.__class__ = Slot
+        finally:
+            for holder in self._holders:
+                holder.__class__ = Slot
         manager = self.manager
         if manager is None or manager.background:
             self._rotation.start()
@@ -433,10 +439,7 @@ class CredentialPool(_Pool[RecordT]):
             self._unsubscribe()
         if self._closings:
             await asyncio.wait(tuple(self._closings))
-        outcomes = await asyncio.gather(*(m.aclose() for m in self._managers.values()), return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        await _close_managers(self._managers.values())
 
     def _describe(self, slot: Slot) -> ConnectionInfo:
         connection = slot.connection
@@ -460,6 +463,13 @@ class CredentialPool(_Pool[RecordT]):
 
 def _is_bindable(credentials: Credentials) -> bool:
     return not isinstance(credentials, TokenManager) and isinstance(credentials, BindableProvider)
+
+
+async def _close_managers(managers: Iterable[TokenManager]) -> None:
+    outcomes = await asyncio.gather(*(manager.aclose() for manager in managers), return_exceptions=True)
+    for outcome in outcomes:
+        if outcome is not None:
+            raise outcome
 
 
 async def _close(connection: AnyConnection) -> None:
@@ -621,7 +631,12 @@ async def connect(
     )
     try:
         connection, _ = await connector.open(dsn, connect_kwargs)
-    finally:
-        for manager in built:
-            await manager.aclose()
+    except BaseException:
+        await _close_managers(built)
+        raise
+    try:
+        await _close_managers(built)
+    except BaseException:
+        connection.terminate()
+        raise
     return connection
