@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import os
 import random
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,7 +18,7 @@ from typing import Final, Literal, Self
 
 import anyio
 
-from asyncpool_creds import _policy
+from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialExpired, ManagerClosed, ProviderError, ProviderTimeout
@@ -92,7 +90,7 @@ class Stamp:
         self.obtained_at = datetime.fromtimestamp(wall, UTC)
         self._wall, self._mono = wall, mono
         # Each moment is seconds since `obtained_at`: it has come when either clock says so.
-        self._refresh = _or_never(plan.refresh_in)
+        self._refresh = _or_never(plan.refresh_in)  # always before `_usable`
         self._usable = _or_never(plan.usable_for)
         self._expires = _or_never(plan.expires_in)
         self._session_ends = self._expires * (_policy.ENDS_SESSION_SHARE if credential.ends_session else 1)
@@ -114,8 +112,8 @@ class Stamp:
         return None if math.isinf(seconds) else self.obtained_at + timedelta(seconds=seconds)
 
     def is_stale(self, clock: Clock) -> bool:
-        """Return whether it is time to refresh."""
-        return self._age(clock) >= self._refresh
+        """Return whether it is time to refresh: it was refused, or its time has come."""
+        return self._refused or self._age(clock) >= self._refresh
 
     def is_usable(self, clock: Clock) -> bool:
         """Return whether it may be handed out: not refused, and valid for the minimum validity yet."""
@@ -234,7 +232,7 @@ class TokenManager:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
-        _managers.add(self)
+        _fork.watch(self)
 
     # -- what callers use
 
@@ -259,7 +257,10 @@ class TokenManager:
             ManagerClosed: The manager is closed.
             RuntimeError: The manager belongs to another event loop.
         """
-        return (await self.stamp()).credential
+        stamp = self._stamp
+        if stamp is None or stamp.is_stale(self._clock) or self._loop is not asyncio.get_running_loop() or self._closed:
+            stamp = await self.stamp()
+        return stamp.credential
 
     async def stamp(self) -> Stamp:
         """Return what `get` returns, with its generation and deadlines: what a pool marks a connection with."""
@@ -602,6 +603,9 @@ class TokenManager:
             "make one manager per event loop (inside each asyncio.run)"
         )
 
+    def _forked(self) -> None:
+        self._leave_loop()
+
     def _leave_loop(self) -> None:
         """Forget a loop that is gone: closed, or the parent's after a fork. The credential stays."""
         # Its task and timer are kept, because a pending task that is collected complains, and closing it
@@ -659,14 +663,4 @@ def _says_more(answer: Credential, held: Credential) -> bool:
     return answer.expires_at is None or (answer.expires_at, answer.refresh_at) != (held.expires_at, held.refresh_at)
 
 
-_managers: weakref.WeakSet[TokenManager] = weakref.WeakSet()
 _left_behind: list[object] = []
-
-
-def _after_fork_in_child() -> None:
-    for manager in _managers:
-        manager._leave_loop()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

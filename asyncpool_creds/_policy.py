@@ -16,6 +16,7 @@ __all__ = [
     "RefreshPolicy",
     "invalidation_hold",
     "negative_hold",
+    "parse_rate",
     "parse_seconds",
     "replacement_gap",
     "retry_delay",
@@ -60,18 +61,29 @@ def parse_seconds(name: str, value: float | timedelta, *, zero: bool = False) ->
         ValueError: Not a number or a timedelta, negative, not finite, or zero where that means nothing.
     """
     if isinstance(value, timedelta):
-        seconds = value.total_seconds()
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        try:
-            seconds = float(value)
-        except OverflowError:  # an int of more than three hundred digits
-            seconds = math.inf
-    else:
-        raise ValueError(f"{name} must be a number of seconds or a timedelta, not {value!r}")  # noqa: TRY004
-    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
-        bound = "zero or more" if zero else "more than zero"
-        raise ValueError(f"{name} must be {bound} and finite, not {value!r}")
-    return seconds
+        value = value.total_seconds()
+    return _parse_number(name, value, "a number of seconds or a timedelta", zero=zero)
+
+
+def parse_rate(name: str, value: float) -> float:
+    """Return the argument `name` as a number per second.
+
+    Raises:
+        ValueError: Not a number, not positive, or not finite.
+    """
+    return _parse_number(name, value, "a number per second", zero=False)
+
+
+def _parse_number(name: str, value: float, expected: str, *, zero: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{name} must be {expected}, not {value!r}")  # noqa: TRY004 - a word here is a bad value
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than three hundred digits
+        number = math.inf
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be {'zero or more' if zero else 'more than zero'} and finite, not {value!r}")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -15,8 +14,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import asyncpg
+from asyncpg.pool import PoolConnectionHolder
 
-from asyncpool_creds import _policy
+from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, is_refusal
 from asyncpool_creds._events import (
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
         """What is used of asyncpg's pool beyond its public names; the same from 0.29 to 0.32."""
 
         _loop: asyncio.AbstractEventLoop
-        _holders: list[Slot]
+        _holders: list[PoolConnectionHolder[Any]]
         _connect_args: Sequence[str | None]
         _connect_kwargs: dict[str, object]
         _closed: bool
@@ -153,7 +153,7 @@ class CredentialPool(_Pool[RecordT]):
                 raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
         self._retire_when: RetireWhen = retire_when
         self._max_lifetime = None if max_lifetime is None else _policy.parse_seconds("max_lifetime", max_lifetime)
-        self._per_second = _policy.parse_seconds("max_reconnects_per_second", max_reconnects_per_second)
+        self._per_second = _policy.parse_rate("max_reconnects_per_second", max_reconnects_per_second)
         self._events = Observers(on_event)
         self.before_acquire = before_acquire
         self.after_release = after_release
@@ -163,7 +163,8 @@ class CredentialPool(_Pool[RecordT]):
 
         self._user_connect = connect
         self._clock: Clock = SYSTEM_CLOCK
-        self._process = os.getpid()
+        self._is_inherited = False
+        _fork.watch(self)
         self._sessions: weakref.WeakKeyDictionary[AnyConnection, Session] = weakref.WeakKeyDictionary()
         self._closings: dict[asyncio.Task[None], AnyConnection] = {}
         self._disposal: asyncio.Task[None] | None = None
@@ -293,9 +294,9 @@ class CredentialPool(_Pool[RecordT]):
             self._dispose_once()
 
     def _acquire(self, timeout: float | None) -> Coroutine[Any, Any, AnyProxy]:
-        if self._process != os.getpid():
+        if self._is_inherited:
             raise asyncpg.InterfaceError(
-                f"this pool was made in process {self._process}, whose connections a forked child must not touch; "
+                "this pool was made before the process was forked, and its connections are the parent's; "
                 "make a pool in each process, after the fork"
             )
         return super()._acquire(timeout)
@@ -311,9 +312,8 @@ class CredentialPool(_Pool[RecordT]):
                     holder.terminate()
                 await asyncio.shield(self._dispose_once())
             raise
-        finally:
-            for holder in self._holders:
-                holder.__class__ = Slot
+        for holder in self._holders:
+            holder.__class__ = Slot
         manager = self.manager
         if manager is None or manager.background:
             self._rotation.start()
@@ -359,8 +359,8 @@ class CredentialPool(_Pool[RecordT]):
     # -- what slots and rotation ask for
 
     def slots(self) -> Sequence[Slot]:
-        """Return the pool's slots."""
-        return self._holders
+        """Return the pool's slots; none before it is initialised."""
+        return [slot for slot in self._holders if isinstance(slot, Slot)]
 
     def session_of(self, connection: AnyConnection) -> Session | None:
         """Return what is known about `connection`."""
@@ -403,6 +403,9 @@ class CredentialPool(_Pool[RecordT]):
     def released(self, slot: Slot) -> None:
         """The connection of `slot` has come back."""
         self._rotation.released(slot)
+
+    def _forked(self) -> None:
+        self._is_inherited = True
 
     # -- managers
 
