@@ -14,7 +14,7 @@ from asyncpool_creds._manager import Stamp, TokenManager
 from asyncpool_creds._provider import Target
 from asyncpool_creds._target import Route, forbid_password, read_route, require_tls, routing_arguments
 
-__all__ = ["AnyConnection", "ConnectFunction", "Connector", "is_refusal"]
+__all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments", "is_refusal"]
 
 AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
 ConnectFunction: TypeAlias = Callable[..., Coroutine[Any, Any, AnyConnection]]
@@ -52,6 +52,19 @@ def is_refusal(error: BaseException) -> bool:
         case _:
             # Not the context too: that may be an older refusal, which the caller is just handling.
             return error.__cause__ is not None and is_refusal(error.__cause__)
+
+
+def check_arguments(require_tls: object, is_refusal: object) -> None:
+    """Make sure that the arguments of a connector make sense.
+
+    Raises:
+        TypeError: `is_refusal` is no function.
+        ValueError: `require_tls` is neither None nor a bool.
+    """
+    if require_tls not in (None, True, False):
+        raise ValueError(f"require_tls must be None, True or False, not {require_tls!r}")
+    if not callable(is_refusal):
+        raise TypeError(f"is_refusal must be a function that takes an exception, not {type(is_refusal).__name__}")
 
 
 class ManagerOf(Protocol):
@@ -110,6 +123,18 @@ class Connector:
             return await self._open_first_fitting(dsn, arguments, route, force_tls=force_tls)
         return await self._open_at(self._manager_of(route.targets[0]), dsn, arguments, force_tls=force_tls)
 
+    def _is_refused(self, error: Exception) -> bool:
+        if self._is_refusal(error):
+            return True
+        # After a refusal under TLS, asyncpg's sslmode=prefer tries without; 0.30 and 0.31 then report that one only.
+        return (
+            self._read is not None
+            and self._read[2].tls == "preferred"
+            and isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
+            and "no encryption" in str(error)
+            and error.__cause__ is None
+        )
+
     async def _open_first_fitting(
         self, dsn: str | None, arguments: dict[str, object], route: Route, *, force_tls: bool
     ) -> tuple[AnyConnection, Stamp]:
@@ -134,7 +159,7 @@ class Connector:
         try:
             return await self._connect_with(stamp, dsn, arguments, force_tls=force_tls), stamp
         except Exception as error:
-            if not self._is_refusal(error):
+            if not self._is_refused(error):
                 error.add_note(_note(manager, stamp, ""))
                 raise
             newer = await self._ask_for_newer(manager, stamp, error)
@@ -144,7 +169,7 @@ class Connector:
             return await self._connect_with(newer, dsn, arguments, force_tls=force_tls), newer
         except Exception as error:
             outcome = ""
-            if self._is_refusal(error):
+            if self._is_refused(error):
                 outcome = "; it was fetched because the one before it was refused, so look at the role, not the token"
                 self._report(newer, error, retrying=False)
             error.add_note(_note(manager, newer, outcome))

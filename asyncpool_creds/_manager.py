@@ -68,7 +68,6 @@ class Stamp:
         "_mono",
         "_refresh",
         "_refused",
-        "_session_ends",
         "_usable",
         "_wall",
         "credential",
@@ -93,7 +92,6 @@ class Stamp:
         self._refresh = _or_never(plan.refresh_in)  # always before `_usable`
         self._usable = _or_never(plan.usable_for)
         self._expires = _or_never(plan.expires_in)
-        self._session_ends = self._expires * (_policy.ENDS_SESSION_SHARE if credential.ends_session else 1)
 
     def _age(self, clock: Clock) -> float:
         return max(clock.monotonic() - self._mono, clock.time() - self._wall)
@@ -101,7 +99,7 @@ class Stamp:
     @property
     def expires_at(self) -> datetime | None:
         """When the server will refuse it, as an aware UTC datetime; None: never."""
-        return self._after(self._expires)
+        return self.credential.expires_at or self._after(self._expires)
 
     @property
     def refresh_at(self) -> datetime | None:
@@ -124,12 +122,11 @@ class Stamp:
         return not self._refused and self._age(clock) < self._expires
 
     def seconds_left(self, clock: Clock) -> float:
-        """Return the seconds until the server refuses it; infinity if it never expires."""
-        return self._expires - self._age(clock)
+        """Return the seconds until neither it nor a session opened with it is used any more; infinity: never.
 
-    def session_seconds_left(self, clock: Clock) -> float:
-        """Return the seconds until sessions opened with it have to be gone; infinity if it never expires."""
-        return self._session_ends - self._age(clock)
+        That is its expiry, or nine tenths of its life if the server ends its sessions with it.
+        """
+        return self._expires - self._age(clock)
 
     def __repr__(self) -> str:
         return f"<Stamp generation={self.generation} {self.credential!r}>"
@@ -488,6 +485,8 @@ class TokenManager:
                     f"{self._name}: handed out a credential that expired {abs(lifetime):.0f} s ago; "
                     "either the source caches too long, or this host's clock is ahead"
                 )
+        if lifetime is not None and credential.ends_session:
+            lifetime *= _policy.ENDS_SESSION_SHARE
         hint = None if credential.refresh_at is None else credential.refresh_at.timestamp() - wall
         plan = self._policy.plan(lifetime=lifetime, hint=hint, chance=random.random())  # noqa: S311 - jitter
         stamp = self._stamp

@@ -187,12 +187,14 @@ def invalidation_hold(streak: int) -> float:
 def session_deadlines(max_lifetime: float | None, *, chance: float) -> tuple[float | None, float | None]:
     """Return when a connection wants replacing and when it must be gone, in seconds from its start.
 
-    Replacement is due up to 5 % early (pools whose connections were all opened at once
-    would reconnect at once), and at least half of that, so that the new one stands in time.
+    The end is up to 2.5 % early, at random: pools whose connections were all opened at once would
+    reconnect at once. Replacement is due another 2.5 % before it, so that the new one stands in time.
     """
     if max_lifetime is None:
         return None, None
-    return max_lifetime * (1 - LIFETIME_JITTER * (1 + chance) / 2), max_lifetime
+    half = max_lifetime * LIFETIME_JITTER / 2
+    end = max_lifetime - half * chance
+    return end - half, end
 
 
 def replacement_gap(*, pending: int, window: float | None, cost: float, per_second: float, chance: float) -> float:

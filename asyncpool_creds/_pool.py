@@ -18,7 +18,7 @@ from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
-from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, is_refusal
+from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
 from asyncpool_creds._events import (
     ConnectionOpened,
     ConnectionRetired,
@@ -146,8 +146,7 @@ class CredentialPool(_Pool[RecordT]):
     ) -> None:
         if retire_when not in ("expired", "rotated", "never"):
             raise ValueError(f'retire_when must be "expired", "rotated" or "never", not {retire_when!r}')
-        if require_tls not in (None, True, False):
-            raise ValueError(f"require_tls must be None, True or False, not {require_tls!r}")
+        check_arguments(require_tls, is_refusal)
         for name, hook in (("before_acquire", before_acquire), ("after_release", after_release)):
             if hook is not None and not callable(hook):  # pyright: ignore[reportUnnecessaryComparison]
                 raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
@@ -159,6 +158,9 @@ class CredentialPool(_Pool[RecordT]):
         self.after_release = after_release
 
         arguments: dict[str, Any] = {**_asyncpg_defaults(), **asyncpg_arguments, "loop": loop, "connect": self._open}
+        for name in ("init", "setup"):
+            if arguments[name] is not None:
+                arguments[name] = _hanging_up_on_cancellation(arguments[name])
         super().__init__(dsn, **arguments)
 
         self._user_connect = connect
@@ -334,7 +336,6 @@ class CredentialPool(_Pool[RecordT]):
                 duration=self._clock.monotonic() - started,
             )
         )
-        self._rotation.look()
         return connection
 
     async def _open(self, *arguments: Any, **keywords: Any) -> AnyConnection:
@@ -400,6 +401,10 @@ class CredentialPool(_Pool[RecordT]):
         """An acquire has to wait for a connect, unless a replacement stands ready."""
         self._waits += not self._rotation.has_spare
 
+    def connected(self, slot: Slot) -> None:  # noqa: ARG002 - all are looked at
+        """`slot` has a new connection, or has failed to get one."""
+        self._rotation.look()
+
     def released(self, slot: Slot) -> None:
         """The connection of `slot` has come back."""
         self._rotation.released(slot)
@@ -462,6 +467,23 @@ class CredentialPool(_Pool[RecordT]):
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.time(), UTC)
+
+
+def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Return `hook`, with the connection terminated at once if it is cancelled.
+
+    asyncpg answers with a graceful close, and 0.30 and 0.31 lose the socket if that is cancelled
+    too; anyio's scopes, for one, cancel again at every await.
+    """
+
+    async def hook_or_hang_up(connection: AnyConnection | AnyProxy) -> None:
+        try:
+            await hook(connection)
+        except asyncio.CancelledError:
+            connection.terminate()
+            raise
+
+    return hook_or_hang_up
 
 
 def _is_bindable(credentials: Credentials) -> bool:
@@ -611,6 +633,7 @@ async def connect(
         InsecureTransport: A credential would have left for a remote host without TLS.
         ValueError: There is a password beside the credentials.
     """
+    check_arguments(require_tls, is_refusal)
     if credentials is None:
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain

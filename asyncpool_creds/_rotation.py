@@ -54,7 +54,7 @@ class Session:
             return "drained"
         if clock.monotonic() >= self._end:
             return "max_lifetime"
-        if retire_when != "never" and self.stamp is not None and self.stamp.session_seconds_left(clock) <= 0:
+        if retire_when != "never" and self.stamp is not None and self.stamp.seconds_left(clock) <= 0:
             return "expired"
         return None
 
@@ -68,14 +68,14 @@ class Session:
         stamp = self.stamp
         if stamp is None or not stamp.is_superseded or retire_when == "never":
             return None
-        return "rotated" if retire_when == "rotated" or stamp.session_seconds_left(clock) < math.inf else None
+        return "rotated" if retire_when == "rotated" or stamp.seconds_left(clock) < math.inf else None
 
     def seconds_left(self, clock: Clock, retire_when: RetireWhen) -> float:
         """Return the seconds until it ends by itself; infinity if it does not."""
         left = self._end - clock.monotonic()
         if retire_when == "never" or self.stamp is None:
             return left
-        return min(left, self.stamp.session_seconds_left(clock))
+        return min(left, self.stamp.seconds_left(clock))
 
     def seconds_until_due(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> float:
         """Return the seconds until `due` has something to say, as far as the clock alone decides."""

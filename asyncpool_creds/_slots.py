@@ -57,6 +57,10 @@ class SlotOwner(Protocol):
         """An acquire has to wait for a connect."""
         ...
 
+    def connected(self, slot: Slot) -> None:
+        """`slot` has a new connection, or has failed to get one."""
+        ...
+
     def released(self, slot: Slot) -> None:
         """The connection of `slot` has come back."""
         ...
@@ -208,6 +212,7 @@ class Slot(_Holder):
                 await super().connect()
         finally:
             owner.connecting.discard(self)
+            owner.connected(self)
 
 
 async def _answer(hook: ConnectionHook, proxy: AnyProxy) -> bool:

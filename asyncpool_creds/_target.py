@@ -54,8 +54,9 @@ def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
     # A password of ours keeps asyncpg from opening the password file.
     known.update(dsn=dsn, password="-")  # noqa: S106
     addresses, parameters = _parse(**known)
-    mode = parameters.sslmode.name
-    tls = {"disable": "disabled", "allow": "preferred", "prefer": "preferred"}.get(mode, "required")
+    # asyncpg 0.30 and 0.31 say "disable" where they are given an SSLContext.
+    disabled = "required" if parameters.ssl else "disabled"
+    tls = {"disable": disabled, "allow": "preferred", "prefer": "preferred"}.get(parameters.sslmode.name, "required")
     targets = tuple(_target(address, parameters.user, parameters.database) for address in addresses)
     return Route(targets, tls, parameters.target_session_attrs.value)
 
