@@ -24,9 +24,9 @@ class Validity:
     def anchored_at(self, requested_at: datetime) -> datetime:
         """Return the expiry by our own clock, for a token asked for at `requested_at`.
 
-        A token that says how long it lives is trusted for that long from the moment
-        we asked, so that a host whose clock runs late does not cut it short; never
-        for longer than its absolute expiry, since it may have been cached.
+        A token that says how long it lives is trusted for that long from the moment we asked,
+        so that a host whose clock is behind does not hand it out after the server has stopped
+        taking it; never for longer than its absolute expiry, since it may have been cached.
         """
         if self.issued_at is None or self.expires_at - requested_at <= self.expires_at - self.issued_at:
             return self.expires_at

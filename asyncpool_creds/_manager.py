@@ -159,6 +159,12 @@ class _Failure:
     hold_until: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    task: asyncio.Task[ProviderError | None]
+    scope: anyio.CancelScope
+
+
 class TokenManager:
     """Keep a credential fresh: one fetch at a time, in the background, shared by all callers.
 
@@ -217,14 +223,14 @@ class TokenManager:
         self._stamp: Stamp | None = None
         self._failure: _Failure | None = None
         self._not_before = -math.inf  # the source had nothing newer: no sooner than this again
+        self._answered_at = -math.inf  # when the source last gave a credential, on the monotonic clock
         self._invalidations = 0
         self._invalidation_hold = -math.inf
         self._warned_of: set[str] = set()
         self._fetches = self._failures = self._rotations = self._generation = 0
 
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._flight: asyncio.Task[ProviderError | None] | None = None
-        self._flight_scope: anyio.CancelScope | None = None
+        self._flight: _Flight | None = None
         self._waiters: set[asyncio.Future[ProviderError | None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -269,15 +275,18 @@ class TokenManager:
                     self._take_off(loop)
                 return stamp
             if self._flight is None:
-                now = self._monotonic()
-                if stamp is not None and now < self._not_before and stamp.is_valid(self._clock):
-                    return stamp  # short of the minimum validity, but all that the source has
-                if self._failure is not None and now < self._failure.hold_until:
+                if stamp is not None and self._is_all_there_is(stamp):
+                    return stamp
+                if self._failure is not None and self._monotonic() < self._failure.hold_until:
                     return self._last_resort(self._failure.error)
             error = await self._land(loop)
             if error is not None:
                 self._running_loop()  # a close in between is the better explanation
                 return self._last_resort(error)
+
+    def _is_all_there_is(self, stamp: Stamp) -> bool:
+        """Return whether `stamp`, though short of its minimum validity, is what the source has just confirmed."""
+        return self._flight is None and self._monotonic() < self._not_before and stamp.is_valid(self._clock)
 
     def _last_resort(self, error: ProviderError) -> Stamp:
         """Return what is held if the server would still take it, or raise: the source has failed."""
@@ -294,7 +303,9 @@ class TokenManager:
     def current(self) -> Credential | None:
         """The credential that `get` would return without waiting; None if it would wait."""
         stamp = self._stamp
-        return stamp.credential if stamp is not None and stamp.is_usable(self._clock) else None
+        if stamp is None or not (stamp.is_usable(self._clock) or self._is_all_there_is(stamp)):
+            return None
+        return stamp.credential
 
     async def refresh(self) -> Credential:
         """Fetch now, or share the fetch that is under way, and return the credential that is current then.
@@ -306,8 +317,8 @@ class TokenManager:
         """
         error = await self._land(self._running_loop())
         if error is not None:
-            self._running_loop()
-            raise error
+            self._running_loop()  # a close in between is the better explanation
+            raise error.with_traceback(None)  # it is shared: each waiter would add its own frames
         return await self.get()
 
     def invalidate(self, credential: Credential) -> None:
@@ -323,8 +334,9 @@ class TokenManager:
             return
         if now < self._invalidation_hold:
             return
+        # In a row: what the source gave after the one before was refused, is refused as well.
         hold = _policy.invalidation_hold(self._invalidations)
-        in_a_row = now < self._invalidation_hold + 2 * hold + _policy.RETRY_CAP
+        in_a_row = now - self._answered_at < 2 * hold + _policy.NEGATIVE_CACHE_CAP
         self._invalidations = self._invalidations + 1 if in_a_row else 1
         self._invalidation_hold = now + _policy.invalidation_hold(self._invalidations)
         stamp._refused = True
@@ -426,14 +438,13 @@ class TokenManager:
 
     def _take_off(self, loop: asyncio.AbstractEventLoop) -> None:
         self._stop_timer()
-        self._flight_scope = anyio.CancelScope()
+        scope = anyio.CancelScope()
         # An empty context: the flight serves everyone, so the first caller's trace or request is not its own.
-        self._flight = loop.create_task(
-            self._fly(self._flight_scope),
-            name=f"asyncpool_creds: refresh from {self._name}",
-            context=contextvars.Context(),
+        task = loop.create_task(
+            self._fly(scope), name=f"asyncpool_creds: refresh from {self._name}", context=contextvars.Context()
         )
-        self._flight.add_done_callback(self._landed)
+        self._flight = _Flight(task, scope)
+        task.add_done_callback(self._landed)
 
     async def _fly(self, scope: anyio.CancelScope) -> ProviderError | None:
         self._fetches += 1
@@ -455,9 +466,7 @@ class TokenManager:
         return None
 
     def _landed(self, flight: asyncio.Task[ProviderError | None]) -> None:
-        if flight is not self._flight:  # a forked child dropped it
-            return
-        self._flight = self._flight_scope = None
+        self._flight = None
         if self._closed:
             if not flight.cancelled():
                 flight.exception()
@@ -491,6 +500,7 @@ class TokenManager:
         plan = self._policy.plan(lifetime=lifetime, hint=hint, chance=random.random())  # noqa: S311 - jitter
         stamp = self._stamp
         self._failure = None
+        self._answered_at = mono
         if stamp is not None and stamp.credential.is_same_secret(credential):
             rotated = False
             stamp._refused = False
@@ -528,10 +538,10 @@ class TokenManager:
         still_valid = stamp is not None and stamp.is_valid(self._clock)
         remaining = stamp.seconds_left(self._clock) if stamp is not None and still_valid else math.inf
         chance = random.random()  # noqa: S311 - jitter
-        delay = math.inf
+        hold = _policy.negative_hold(attempt, retry_after=error.retry_after, retryable=error.retryable, chance=chance)
+        delay = hold
         if error.retryable:
             delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=error.retry_after, chance=chance)
-        hold = _policy.negative_hold(attempt, retry_after=error.retry_after, retryable=error.retryable, chance=chance)
         self._failure = _Failure(error, attempt, now + delay, now + hold)
         self._emit(
             RefreshFailed(
@@ -540,7 +550,7 @@ class TokenManager:
                 error=str(error),
                 retryable=error.retryable,
                 attempt=attempt,
-                retry_in=delay if self._background and not math.isinf(delay) else None,
+                retry_in=delay if self._background and error.retryable else None,
                 still_valid=still_valid,
             )
         )
@@ -559,24 +569,24 @@ class TokenManager:
 
     def _arm(self) -> None:
         """Set the timer for the next refresh or retry."""
-        if not self._background or self._closed or self._loop is None:
+        failure = self._failure
+        if not self._background or self._closed or self._loop is None or (failure and not failure.error.retryable):
             return
         now = self._monotonic()
-        due = -math.inf if self._failure is None else self._failure.retry_at
+        due = -math.inf if failure is None else failure.retry_at
         if self._stamp is not None and self._stamp.is_usable(self._clock):
             due = max(due, self._not_before, now + self._stamp._refresh - self._stamp._age(self._clock))
-        if math.isinf(due):
-            return
-        self._timer = self._loop.call_later(min(max(due - now, _TIMER_GRAIN), _WATCH_INTERVAL), self._tick)
+        if not math.isinf(due):
+            delay = min(max(due - now, _TIMER_GRAIN), _WATCH_INTERVAL)
+            self._timer = self._loop.call_later(delay, self._tick, self._loop)
 
-    def _tick(self) -> None:
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         stamp = self._stamp
-        fresh = stamp is not None and stamp.is_usable(self._clock) and not stamp.is_stale(self._clock)
-        if self._flight is None and self._loop is not None and not fresh and self._may_retry():
-            self._take_off(self._loop)
-        elif self._flight is None:
+        if (stamp is not None and not stamp.is_stale(self._clock)) or not self._may_retry():
             self._arm()
+        else:
+            self._take_off(loop)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -610,15 +620,13 @@ class TokenManager:
         # Its task and timer are kept, because a pending task that is collected complains, and closing it
         # would run the provider's clean-up, in a child on the parent's sockets.
         _left_behind.append((self._flight, self._timer, self._closing, self._waiters))
-        self._loop = self._flight = self._flight_scope = self._timer = self._closing = None
+        self._loop = self._flight = self._timer = self._closing = None
         self._waiters = set()
 
     async def _shut_down(self) -> None:
-        flight = self._flight
-        if flight is not None:
-            if self._flight_scope is not None:
-                self._flight_scope.cancel()
-            await asyncio.wait((flight,))
+        if self._flight is not None:
+            self._flight.scope.cancel()
+            await asyncio.wait((self._flight.task,))
         await close_provider(self._provider)
 
     # -- small change

@@ -32,7 +32,8 @@ class CredentialProvider(Protocol):
 
     A provider may also have ``async def aclose(self) -> None``; the manager that uses it
     calls it once, when it closes. It need not cache, retry or coordinate callers: the
-    manager does, and calls `fetch` from one task at a time.
+    manager does, and calls `fetch` from one task at a time. It must let cancellation
+    through: that is how a fetch that takes too long, or is no longer wanted, is ended.
     """
 
     async def fetch(self) -> Credential:
