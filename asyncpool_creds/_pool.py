@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import asyncpg
@@ -236,11 +237,13 @@ class CredentialPool(_Pool[RecordT]):
             in_use=sum(one.state == "in_use" for one in connections),
             idle=sum(one.state == "idle" for one in connections),
             spare=int(self._rotation.has_spare),
-            by_generation=dict(Counter(one.generation for one in connections if one.generation is not None)),
+            by_generation=MappingProxyType(
+                Counter(one.generation for one in connections if one.generation is not None)
+            ),
             opened=self._opened,
             replaced=self._rotation.replaced,
             replacement_failures=self._rotation.failures,
-            retired=dict(self._retired),
+            retired=MappingProxyType(dict(self._retired)),
             waits=self._waits,
             manager=None if manager is None else manager.stats(),
         )
@@ -321,11 +324,18 @@ class CredentialPool(_Pool[RecordT]):
             self._rotation.start()
 
     async def _get_new_connection(self) -> AnyConnection:
-        return self._rotation.take_spare() or await self._new_connection(replacement=False)
+        return await self._rotation.take_spare() or await self._new_connection(replacement=False)
 
     async def _new_connection(self, *, replacement: bool) -> AnyConnection:
         started = self._clock.monotonic()
-        connection = await super()._get_new_connection()
+        try:
+            connection = await super()._get_new_connection()
+        except asyncpg.TooManyConnectionsError:
+            if not self._closings:
+                raise
+            # It may be our own retired connections, on their way out, that fill the server.
+            await asyncio.wait(tuple(self._closings))
+            connection = await super()._get_new_connection()
         self._opened += 1
         session = self._sessions.get(connection)
         self._events(
@@ -371,6 +381,10 @@ class CredentialPool(_Pool[RecordT]):
         """Return why `connection` must not be handed out any more, or None."""
         session = self._sessions.get(connection)
         return None if session is None else session.ended(self._clock, self._retire_when, self._rotation.epoch)
+
+    def claim_on(self, connection: AnyConnection) -> RetireReason | None:
+        """Return why `connection`, which comes back, must not go to the next acquirer, or None."""
+        return self.end_of(connection) or self._rotation.claims(connection)
 
     async def open_replacement(self) -> AnyConnection:
         """Return a new connection, initialised, that is in no slot."""

@@ -87,6 +87,8 @@ class Session:
 class RotationHost(Protocol):
     """What the rotation asks of its pool."""
 
+    connecting: set[Slot]
+
     def slots(self) -> Sequence[Slot]:
         """Return the pool's slots."""
         ...
@@ -138,6 +140,9 @@ class Rotation:
         self._spare: AnyConnection | None = None
         self._closing_old: asyncio.Task[None] | None = None
         self._one_for_one = False
+        self._room: Slot | None = None
+        self._room_wanted = False
+        self._promise: asyncio.Future[None] | None = None
         self._news = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -182,8 +187,26 @@ class Rotation:
             if spare is not None:
                 self._swap(slot, spare, reason)
 
-    def take_spare(self) -> AnyConnection | None:
-        """Return the replacement that has no slot yet, for a slot that would have to connect."""
+    def claims(self, connection: AnyConnection) -> RetireReason | None:
+        """Return why a connection that comes back must be closed for room to be made, or None.
+
+        That is so on a full server while no connection that is due is ever at rest: the one who
+        waits for this slot would have it again before anything else can happen.
+        """
+        reason = self._due(connection) if self._room_wanted else None
+        if reason is not None:
+            self._room_wanted = False
+            self._news.set()
+        return reason
+
+    async def take_spare(self) -> AnyConnection | None:
+        """Return the replacement that has no slot yet, for a slot that would have to connect.
+
+        While one is being opened in a room that was made for it, this waits for it: the server
+        would refuse a second one.
+        """
+        if self._promise is not None:
+            await asyncio.wait((self._promise,))
         spare, self._spare = self._spare, None
         if spare is not None:
             self._news.set()
@@ -219,17 +242,20 @@ class Rotation:
 
     async def _run(self) -> None:
         attempt = 0
-        self._one_for_one = False
+        self._one_for_one, self._room = False, None
         while pending := self._pending():
             started = self._loop.time()
-            if self._one_for_one and not await self._make_room(pending):
-                await self._wait(min((left for left, _, _ in pending if left > 0), default=math.inf))
-                continue
             try:
-                spare = await self._host.open_replacement()
+                spare = await (self._open_in_place(pending) if self._one_for_one else self._host.open_replacement())
             except Exception as error:  # noqa: BLE001 - every failure means: the old ones serve on
                 attempt += 1
                 await self._wait_after(error, attempt, pending)
+                continue
+            if spare is None:
+                self._room_wanted = True
+                await self._wait(min((left for left, _, _ in pending if left > 0), default=math.inf))
+                self._room_wanted = False
+                await asyncio.sleep(1 / self._per_second)
                 continue
             attempt = 0
             self.replaced += 1
@@ -255,23 +281,31 @@ class Rotation:
             self._loop.call_exception_handler({"message": "replacing connections failed", "exception": error})
             self._timer = self._loop.call_later(_WATCH_INTERVAL, self.look)
 
-    async def _make_room(self, pending: Sequence[tuple[float, Slot, RetireReason]]) -> bool:
-        """Close an idle connection that is due: the server has no room for one more."""
-        for _, slot, reason in pending:
-            if slot.is_at_rest:
-                await asyncio.wait((self._retire(slot.vacate(), reason),))
-                return True
-        return False
+    async def _open_in_place(self, pending: Sequence[tuple[float, Slot, RetireReason]]) -> AnyConnection | None:
+        """Close one that is due, and open its replacement in the room that makes; None if all are in use."""
+        self._promise = self._loop.create_future()
+        try:
+            if self._room is None or not self._room.is_vacant:
+                at_rest = [(slot, reason) for _, slot, reason in pending if slot.is_at_rest]
+                if not at_rest:
+                    return None
+                self._room, reason = at_rest[0]
+                await asyncio.wait((self._retire(self._room.vacate(), reason),))
+            return await self._host.open_replacement()
+        finally:
+            # Those who wait for it run only once what was opened has become the spare.
+            self._promise.set_result(None)
+            self._promise = None
 
     async def _wait_after(
         self, error: Exception, attempt: int, pending: Sequence[tuple[float, Slot, RetireReason]]
     ) -> None:
         self.failures += 1
-        # Change over to one for one once; where that is refused as well, overlap is no worse.
-        self._one_for_one = isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one
+        changes_over = isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one
+        self._one_for_one = self._one_for_one or changes_over
         remaining = min(left for left, _, _ in pending)
         delay = _policy.retry_delay(
-            1 if self._one_for_one else attempt,
+            1 if changes_over else attempt,
             remaining=remaining if remaining > 0 else math.inf,
             retry_after=None,
             chance=random.random(),  # noqa: S311 - jitter
@@ -291,7 +325,8 @@ class Rotation:
         """Put `spare` where a connection is due, at once or when a busy one comes back; then see the old one gone."""
         self._spare = spare
         while not self._place() and self._spare is spare:
-            if spare.is_closed() or self._due(spare) is not None or not self._pending():
+            wanted = self._pending() or self._host.connecting
+            if spare.is_closed() or self._due(spare) is not None or not wanted:
                 self._spare = None
                 self._host.close_later(spare)
                 break
@@ -309,16 +344,19 @@ class Rotation:
         spare = self._usable_spare()
         if spare is None:
             return False
+        if self._one_for_one:
+            # Where room was made; or somebody has come to that slot meanwhile and is about to take it.
+            if self._room is not None and self._room.is_vacant:
+                self._spare = None
+                self._room.fill(spare)
+                return True
+            if self._host.connecting:
+                return False
         for _, slot, reason in self._pending():
             if slot.is_at_rest:
                 self._swap(slot, spare, reason)
                 return True
-        vacant = next((slot for slot in self._host.slots() if slot.is_vacant), None) if self._one_for_one else None
-        if vacant is None:
-            return False
-        self._spare = None
-        vacant.fill(spare)
-        return True
+        return False
 
     def _usable_spare(self) -> AnyConnection | None:
         spare = self._spare

@@ -45,6 +45,10 @@ class SlotOwner(Protocol):
         """Return why `connection` must not be handed out any more, or None."""
         ...
 
+    def claim_on(self, connection: AnyConnection) -> RetireReason | None:
+        """Return why `connection`, which comes back, must not go to the next acquirer, or None."""
+        ...
+
     def retire(self, connection: AnyConnection, reason: RetireReason) -> None:
         """Count and report that `connection` is retired; somebody else closes it."""
         ...
@@ -184,7 +188,7 @@ class Slot(_Holder):
                     failure, approved = error, False
                 reason = None if approved else "after_release"
             if self._con is connection:  # else it died meanwhile, and asyncpg has freed the slot
-                reason = reason or owner.end_of(connection)
+                reason = reason or owner.claim_on(connection)
                 if reason is not None:
                     owner.retire(connection, reason)
                     self._generation = _RETIRED
