@@ -286,7 +286,9 @@ class Rotation:
         self._promise = self._loop.create_future()
         try:
             if self._room is None or not self._room.is_vacant:
-                at_rest = [(slot, reason) for _, slot, reason in pending if slot.is_at_rest]
+                at_rest: list[tuple[Slot, RetireReason]] = [
+                    (slot, reason) for _, slot, reason in pending if slot.is_at_rest
+                ]
                 if not at_rest:
                     return None
                 self._room, reason = at_rest[0]
