@@ -313,7 +313,7 @@ async def test_the_last_seconds_of_the_only_token_there_is_are_used(new_manager,
 
     credentials = {await manager.get() for _ in range(10)}
 
-    assert credentials == {provider.credentials[0]}
+    assert credentials == {provider.credentials[0]} == {manager.current}
     assert provider.calls == 2
 
 

@@ -183,6 +183,18 @@ async def test_a_refusal_for_good_is_not_repeated_while_the_old_one_is_valid(new
     assert len(failures) <= 300 / 30 + 1
 
 
+async def test_a_refusal_for_good_that_was_lifted_is_noticed_before_the_old_one_expires(new_manager, provider, clock):
+    provider.play(3600, ProviderError("invalid_grant", retryable=False), 3600)
+    manager = await new_manager().start()
+
+    for _ in range(358):
+        await manager.get()
+        await asyncio.sleep(10)
+
+    assert await manager.get() is provider.credentials[-1] is not provider.credentials[0]
+    assert provider.calls == 3
+
+
 async def test_a_refusal_for_good_is_not_repeated_without_a_caller(new_manager, provider, clock):
     provider.play(60, ProviderError("invalid_grant", retryable=False))
     await new_manager().start()
@@ -434,6 +446,18 @@ class TestInvalidate:
         await manager.get()
 
         assert provider.calls == calls + 1
+
+    async def test_a_server_that_rotates_all_the_time_is_believed_every_time(self, new_manager, provider):
+        provider.play(None)
+        manager = await new_manager().start()
+
+        for rotation in range(2, 30):
+            await asyncio.sleep(50)
+            manager.invalidate(await manager.get())
+            provider.play(None)
+            await manager.get()
+
+            assert manager.stats().generation == rotation
 
     async def test_a_refused_credential_stays_in_use_where_the_source_cannot_be_reached(self, new_manager, provider):
         provider.play(3600, ProviderError("down"))
