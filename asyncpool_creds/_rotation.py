@@ -178,12 +178,17 @@ class Rotation:
 
     def released(self, slot: Slot) -> None:
         """A connection has come back: if it is due and a replacement stands, they change places here and now."""
-        if self._task is None or not slot.is_at_rest or slot.connection is None:
+        if self._task is None:
             return
-        reason = self._due(slot.connection)
+        spare = self._usable_spare()
+        if slot.is_vacant:
+            # Its end came while it was in use, and it is closed already.
+            if spare is not None:
+                self._put(spare, slot)
+            return
+        reason = self._due(slot.connection) if slot.is_at_rest and slot.connection is not None else None
         if reason is not None:
             self._news.set()
-            spare = self._usable_spare()
             if spare is not None:
                 self._swap(slot, spare, reason)
 
@@ -349,8 +354,7 @@ class Rotation:
         if self._one_for_one:
             # Where room was made; or somebody has come to that slot meanwhile and is about to take it.
             if self._room is not None and self._room.is_vacant:
-                self._spare = None
-                self._room.fill(spare)
+                self._put(spare, self._room)
                 return True
             if self._host.connecting:
                 return False
@@ -365,10 +369,14 @@ class Rotation:
         return None if spare is None or spare.is_closed() or self._due(spare) is not None else spare
 
     def _swap(self, slot: Slot, spare: AnyConnection, reason: RetireReason) -> None:
-        self._spare = None
         old = slot.vacate()
-        slot.fill(spare)
+        self._put(spare, slot)
         self._closing_old = self._retire(old, reason)
+
+    def _put(self, spare: AnyConnection, slot: Slot) -> None:
+        self._spare = None
+        slot.fill(spare)
+        self._news.set()
 
     # -- small change
 
