@@ -670,11 +670,16 @@ class _Session:
     async def _connect(self) -> _End:
         backend = self._board.backend
         end = _End(self, self._loop)
-        if isinstance(backend, tuple):
-            await self._loop.create_connection(lambda: end, *backend)
-        else:
-            path = backend.socket_path if isinstance(backend, PostgresServer) else backend
-            await self._loop.create_unix_connection(lambda: end, path)
+        try:
+            if isinstance(backend, tuple):
+                await self._loop.create_connection(lambda: end, *backend)
+            else:
+                path = backend.socket_path if isinstance(backend, PostgresServer) else backend
+                await self._loop.create_unix_connection(lambda: end, path)
+        except asyncio.CancelledError:
+            # uvloop drops a connection whose making is cancelled, and tells its protocol nothing.
+            end.connection_lost(None)
+            raise
         return end
 
     async def _reach(self, stage: Stage) -> None:

@@ -1,0 +1,198 @@
+"""The guard that keeps credentials from leaving for another host in the clear."""
+
+import asyncio
+import socket
+
+import pytest
+from support import secret
+
+from asyncpool_creds import Credential, InsecureTransport, connect, create_pool
+
+pytestmark = pytest.mark.anyio
+
+# A spelling of 127.0.0.1 that every resolver knows (inet_aton(3)) and that is no IP address to the guard:
+# a remote host, as far as it can tell.
+REMOTE = "127.1"
+SSL_REQUEST = b"\0\0\0\x08\x04\xd2\x16\x2f"
+
+
+class Listener:
+    """A server without TLS that records what it is sent."""
+
+    def __init__(self):
+        self.connections = 0
+        self.received = b""
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        while chunk := await reader.read(4096):
+            self.received += chunk
+            if chunk == SSL_REQUEST:
+                writer.write(b"N")
+        writer.close()
+
+
+@pytest.fixture
+async def listener():
+    listener = Listener()
+    server = await asyncio.start_server(listener.serve, "127.0.0.1", 0)
+    listener.port = server.sockets[0].getsockname()[1]
+    yield listener
+    server.close()
+    await server.wait_closed()
+
+
+def provide():
+    return Credential(secret("guarded"))
+
+
+def opening(listener, query="", host=REMOTE, **keywords):
+    return create_pool(
+        f"postgresql://app@{host}:{listener.port}/postgres{query}", credentials=provide, min_size=1, **keywords
+    )
+
+
+@pytest.mark.parametrize("keywords", [{"ssl": False}, {"ssl": "disable"}])
+async def test_a_remote_host_without_tls_is_an_error_before_a_connection_is_made(listener, keywords):
+    with pytest.raises(InsecureTransport, match=r"refusing to send a credential to '127\.1' without TLS"):
+        opening(listener, **keywords)
+
+    assert (listener.connections, listener.received) == (0, b"")
+
+
+async def test_tls_switched_off_in_the_dsn_is_an_error_before_a_connection_is_made(listener):
+    with pytest.raises(InsecureTransport):
+        opening(listener, "?sslmode=disable")
+
+    assert (listener.connections, listener.received) == (0, b"")
+
+
+async def test_a_single_connection_is_guarded_too(listener):
+    with pytest.raises(InsecureTransport):
+        await connect(f"postgresql://app@{REMOTE}:{listener.port}/postgres?sslmode=disable", credentials=provide)
+
+    assert (listener.connections, listener.received) == (0, b"")
+
+
+@pytest.mark.parametrize("query", ["", "?sslmode=prefer", "?sslmode=allow"])
+async def test_a_server_without_tls_is_asked_for_it_and_sent_nothing_else(listener, query):
+    with pytest.raises(InsecureTransport, match="the server offers no TLS") as refusal:
+        await opening(listener, query)
+
+    assert (listener.connections, listener.received) == (1, SSL_REQUEST)
+    assert isinstance(refusal.value.__cause__, ConnectionError)
+
+
+async def test_a_server_without_tls_at_the_end_of_a_single_connect_is_sent_nothing_either(listener):
+    with pytest.raises(InsecureTransport, match="the server offers no TLS"):
+        await connect(f"postgresql://app@{REMOTE}:{listener.port}/postgres", credentials=provide)
+
+    assert listener.received == SSL_REQUEST
+
+
+async def test_require_stays_asyncpgs_own_error(listener):
+    with pytest.raises(ConnectionError):
+        await opening(listener, "?sslmode=require")
+
+    assert listener.received == SSL_REQUEST
+
+
+async def test_one_remote_host_among_local_ones_is_enough(listener):
+    dsn = f"postgresql://app@127.0.0.1:{listener.port},{REMOTE}:{listener.port}/postgres?sslmode=disable"
+
+    with pytest.raises(InsecureTransport):
+        create_pool(dsn, credentials=provide)
+
+    assert listener.connections == 0
+
+
+async def test_connection_arguments_that_are_set_later_are_guarded(cloud):
+    async with cloud.pool(min_size=0) as pool:
+        pool.set_connect_args(f"postgresql://app@{REMOTE}:{cloud.door.port}/postgres?sslmode=disable")
+        with pytest.raises(InsecureTransport):
+            await pool.fetchval("SELECT 1")
+
+        assert (cloud.door.attempts, cloud.presented) == (0, [])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_loopback_needs_no_tls(cloud, host):
+    dsn = f"postgresql://app@{host}:{cloud.door.port}/postgres?sslmode=disable"
+    async with cloud.pool(dsn=dsn, max_size=1) as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_the_ipv6_loopback_needs_no_tls():
+    create_pool("postgresql://app@[::1]:1/postgres?sslmode=disable", credentials=provide)
+
+
+async def test_a_unix_socket_needs_no_tls(cloud, server):
+    dsn = f"postgresql://app@/postgres?host={server.socket_directory}&port={server.port}"
+    async with cloud.pool(dsn=dsn, max_size=1) as pool:
+        assert await pool.fetchval("SELECT current_user") == "app"
+
+
+async def test_without_the_guard_a_credential_leaves_as_it_is_told(cloud):
+    dsn = f"postgresql://app@{REMOTE}:{cloud.door.port}/postgres?sslmode=disable"
+    async with cloud.pool(dsn=dsn, max_size=1, require_tls=False) as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", REMOTE])
+async def test_a_guard_that_holds_everywhere_knows_no_loopback(listener, host):
+    with pytest.raises(InsecureTransport):
+        opening(listener, "?sslmode=disable", host=host, require_tls=True)
+    with pytest.raises(InsecureTransport, match="offers no TLS"):
+        await opening(listener, host=host, require_tls=True)
+
+    assert listener.received == SSL_REQUEST
+
+
+async def test_a_guard_that_holds_everywhere_knows_no_unix_socket(server):
+    dsn = f"postgresql://app@/postgres?host={server.socket_directory}&port={server.port}"
+
+    with pytest.raises(InsecureTransport):
+        create_pool(dsn, credentials=provide, require_tls=True)
+
+
+async def test_prefer_means_require_where_the_guard_holds(tls_cloud):
+    tls_cloud.door.require_tls = True
+    tls_cloud.refused.add(1)
+    dsn = f"postgresql://app@{REMOTE}:{tls_cloud.door.port}/postgres"
+
+    async with tls_cloud.pool(dsn=dsn, max_size=1) as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+
+    # A refused login over "prefer" would have been tried once more without TLS.
+    assert tls_cloud.presented == [1, 2]
+    assert tls_cloud.door.attempts == 2
+
+
+@pytest.mark.parametrize("require_tls", [None, True, False])
+async def test_a_verified_server_passes_the_guard(tls_cloud, require_tls):
+    tls_cloud.door.require_tls = True
+    context = tls_cloud.door.client_context()
+    dsn = f"postgresql://app@localhost:{tls_cloud.door.port}/postgres"
+
+    async with tls_cloud.pool(dsn=dsn, max_size=1, ssl=context, require_tls=require_tls) as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+    async with tls_cloud.pool(
+        dsn=tls_cloud.door.dsn(sslmode="verify-full"), max_size=1, require_tls=require_tls
+    ) as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_the_guard_is_for_credentials_only(listener):
+    pool = create_pool(f"postgresql://app@{REMOTE}:{listener.port}/postgres", ssl=False, require_tls=True, min_size=0)
+
+    async with pool:
+        assert pool.manager is None
+
+
+async def test_a_refused_port_is_no_matter_of_the_guard():
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(ConnectionRefusedError):
+            await create_pool(
+                f"postgresql://app@{REMOTE}:{bound.getsockname()[1]}/postgres", credentials=provide, min_size=1
+            )
