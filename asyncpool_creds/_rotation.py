@@ -308,15 +308,13 @@ class Rotation:
         self, error: Exception, attempt: int, pending: Sequence[tuple[float, Slot, RetireReason]]
     ) -> None:
         self.failures += 1
-        changes_over = isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one
-        self._one_for_one = self._one_for_one or changes_over
-        remaining = min(left for left, _, _ in pending)
-        delay = _policy.retry_delay(
-            1 if changes_over else attempt,
-            remaining=remaining if remaining > 0 else math.inf,
-            retry_after=None,
-            chance=random.random(),  # noqa: S311 - jitter
-        )
+        if isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one:
+            self._one_for_one = True
+            delay = 1 / self._per_second
+        else:
+            remaining = min((left for left, _, _ in pending if left > 0), default=math.inf)
+            chance = random.random()  # noqa: S311 - jitter
+            delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
         code = getattr(error, "sqlstate", None)
         name = type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
         self._observers(
