@@ -336,6 +336,10 @@ class CredentialPool(_Pool[RecordT]):
             # It may be our own retired connections, on their way out, that fill the server.
             await asyncio.wait(tuple(self._closings))
             connection = await super()._get_new_connection()
+        if self.is_closing():
+            # asyncpg 0.30 and 0.31 do not look again; nobody would ever close it.
+            connection.terminate()
+            raise asyncpg.InterfaceError("pool is closing")
         self._opened += 1
         session = self._sessions.get(connection)
         self._events(
@@ -360,9 +364,6 @@ class CredentialPool(_Pool[RecordT]):
             connection, stamp = await self._connector.open(arguments[0] if arguments else None, keywords)
         if not isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
             return connection  # asyncpg says what is wrong with it
-        if self._closed:
-            connection.terminate()
-            raise asyncpg.InterfaceError("pool is closed")
         self._sessions[connection] = Session(stamp, opened, epoch, self._max_lifetime)
         connection.add_termination_listener(lambda _: self._rotation.look())
         return connection

@@ -179,23 +179,25 @@ class Slot(_Holder):
         connection = self._con
         failure: Exception | None = None
         if self._in_use is not None and not connection.is_closed():
-            reason: RetireReason | None = None
+            approved = True
             if owner.after_release is not None:
-                try:
-                    async with asyncio.timeout(timeout):
-                        approved = await _answer(owner.after_release, self._proxy)
-                except Exception as error:  # noqa: BLE001 - raised below, once the slot is free
-                    failure, approved = error, False
-                reason = None if approved else "after_release"
-            if self._con is connection:  # else it died meanwhile, and asyncpg has freed the slot
-                reason = reason or owner.claim_on(connection)
-                if reason is not None:
-                    owner.retire(connection, reason)
-                    self._generation = _RETIRED
-        if self._con is connection:
+                approved, failure = await _verdict(owner.after_release, self._proxy, timeout)
+            reason = owner.claim_on(connection) if approved else "after_release"
+            if reason is not None and self._con is connection:
+                owner.retire(connection, reason)
+                self._generation = _RETIRED
+        if self._con is connection:  # else it died meanwhile, and asyncpg has freed the slot
             try:
                 await super().release(timeout)
+            except AttributeError:
+                # asyncpg 0.30 and 0.31 trip over a slot that was freed while they waited for a cancellation.
+                if self._con is connection:
+                    raise
             finally:
+                if self._con is connection and self._in_use is not None and connection.is_closed():
+                    # 0.30 and 0.31 take every closed connection for cleaned up. An aborted one is not, and
+                    # its slot would be lost.
+                    connection.terminate()
                 # Nothing runs between asyncpg's putting the slot back and this: a replacement that
                 # waits for it is in before the next acquirer sees it.
                 owner.released(self)
@@ -217,6 +219,19 @@ class Slot(_Holder):
         finally:
             owner.connecting.discard(self)
             owner.connected(self)
+
+
+async def _verdict(
+    hook: ConnectionHook,
+    proxy: AnyProxy,
+    timeout: float | None,  # noqa: ASYNC109 - asyncpg's word for it
+) -> tuple[bool, Exception | None]:
+    """Return what the hook answers; an exception means no, and is raised once the slot is free."""
+    try:
+        async with asyncio.timeout(timeout):
+            return await _answer(hook, proxy), None
+    except Exception as error:  # noqa: BLE001
+        return False, error
 
 
 async def _answer(hook: ConnectionHook, proxy: AnyProxy) -> bool:
