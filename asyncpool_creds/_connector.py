@@ -185,7 +185,7 @@ class Connector:
         else:
             if newer.generation == stamp.generation:
                 newer = None
-                refusal.add_note(_note(manager, stamp, "; the server refused it and the source has no newer one"))
+                refusal.add_note(_note(manager, stamp, "; the server refused it, and no newer one is to be had"))
         self._report(stamp, refusal, retrying=newer is not None)
         return newer
 

@@ -159,6 +159,27 @@ async def test_replacements_are_spread_over_the_time_that_is_left(cloud):
     assert took > 0.3
 
 
+async def test_the_next_replacement_waits_until_the_old_connection_is_gone(cloud):
+    leave = asyncio.Event()
+
+    class Reluctant(asyncpg.Connection):
+        async def close(self, *, timeout=None):  # noqa: ASYNC109 - asyncpg's signature
+            await leave.wait()
+            await super().close(timeout=timeout)
+
+    async with cloud.pool(
+        max_size=3, retire_when="rotated", connection_class=Reluctant, max_reconnects_per_second=1000
+    ) as pool:
+        await rotate(cloud, pool, retired=1)
+        await asyncio.sleep(0.1)
+        assert (cloud.door.attempts, cloud.door.live) == (4, 4)
+
+        leave.set()
+        await cloud.observer.seen(ConnectionRetired, 3)
+
+        assert cloud.door.peak_live == 4
+
+
 async def test_an_empty_pool_opens_nothing_at_a_rotation(cloud):
     async with cloud.pool(min_size=0, retire_when="rotated") as pool:
         for _ in range(3):
@@ -376,6 +397,26 @@ async def test_a_full_server_and_a_wholly_busy_pool_wait_for_a_connection_to_com
         await cloud.until(lambda: pool.stats().by_generation == {2: 2})
 
         assert cloud.door.peak_live == 2
+
+
+async def test_a_full_server_and_a_pool_that_is_never_at_rest_get_their_turn_too(cloud):
+    async with cloud.pool(max_size=1, retire_when="rotated") as pool:
+        cloud.door.max_connections = 1
+        held = await pool.acquire()
+        await pool.manager.refresh()
+        await cloud.observer.seen(ReplacementFailed)
+
+        for _ in range(100):
+            waiting = asyncio.ensure_future(pool.acquire())
+            await asyncio.sleep(0.05)
+            await pool.release(held)
+            held = await waiting
+            if pool.stats().by_generation == {2: 1}:
+                break
+
+        assert pool.stats().by_generation == {2: 1}
+        assert cloud.door.peak_live == 1
+        await pool.release(held)
 
 
 @pytest.mark.parametrize("fault", ["starting_up", "down"])

@@ -92,13 +92,10 @@ class Holder:
         self.process.communicate(timeout=DEADLINE)
 
 
-def test_a_server_is_up_in_two_seconds_and_gone_at_the_end_of_the_block():
-    started = time.monotonic()
+def test_a_server_is_up_at_once_and_gone_at_the_end_of_the_block():
     with PostgresServer() as server:
-        elapsed = time.monotonic() - started
         place = (server.pid, server.port, server.socket_directory)
 
-        assert elapsed < 2
         assert is_listening(server.port)
         assert len(server.socket_path) < 100
         assert Path(server.socket_path).is_socket()
