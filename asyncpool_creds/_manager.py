@@ -79,14 +79,14 @@ class Stamp:
     def __init__(
         self, credential: Credential, generation: int, plan: _policy.RefreshPlan, wall: float, mono: float
     ) -> None:
-        self.generation = generation
-        self.is_superseded = False
+        self.generation: int = generation
+        self.is_superseded: bool = False
         self._refused = False
         self._renew(credential, plan, wall, mono)
 
     def _renew(self, credential: Credential, plan: _policy.RefreshPlan, wall: float, mono: float) -> None:
-        self.credential = credential
-        self.obtained_at = datetime.fromtimestamp(wall, UTC)
+        self.credential: Credential = credential
+        self.obtained_at: datetime = datetime.fromtimestamp(wall, UTC)
         self._wall, self._mono = wall, mono
         # Each moment is seconds since `obtained_at`: it has come when either clock says so.
         self._refresh = _or_never(plan.refresh_in)  # always before `_usable`

@@ -41,9 +41,9 @@ class Session:
     __slots__ = ("_due", "_end", "epoch", "opened", "stamp")
 
     def __init__(self, stamp: Stamp | None, opened: float, epoch: int, max_lifetime: float | None) -> None:
-        self.stamp = stamp
-        self.opened = opened
-        self.epoch = epoch
+        self.stamp: Stamp | None = stamp
+        self.opened: float = opened
+        self.epoch: int = epoch
         due, end = _policy.session_deadlines(max_lifetime, chance=random.random())  # noqa: S311 - jitter
         self._due = math.inf if due is None else opened + due
         self._end = math.inf if end is None else opened + end

@@ -111,7 +111,7 @@ class Feed(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.epoch = math.inf
+        self.epoch: float = math.inf
         self._entries: deque[_Entry] = deque(maxlen=_FEED_LENGTH)
 
     def note(self, side: str, text: str, style: str = "") -> None:
@@ -199,7 +199,7 @@ class _Pace:
 class ProgressLines:
     """The demo line by line, every few seconds, for a file or a pipe."""
 
-    interval = 2.0
+    interval: float = 2.0
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -238,7 +238,7 @@ class ProgressLines:
 class LiveScreen:
     """The demo on a whole terminal, redrawn several times a second."""
 
-    interval = 0.2
+    interval: float = 0.2
 
     def __init__(self, console: Console, feed: Feed) -> None:
         self._console = console

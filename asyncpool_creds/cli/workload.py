@@ -99,8 +99,8 @@ class Meter:
     def __init__(self) -> None:
         self.queries = 0
         self.failures: Counter[str] = Counter()
-        self.acquire_times = Sample()
-        self.waits = 0
+        self.acquire_times: Sample = Sample()
+        self.waits: int = 0
         self._acquiring: set[asyncio.Task[Any] | None] = set()
 
     @contextlib.asynccontextmanager

@@ -23,8 +23,8 @@ import anyio.to_thread
 
 try:
     import httpx
-except ImportError as error:  # pragma: no cover
-    raise ImportError("the OAuth 2.0 provider needs httpx: pip install 'asyncpool-creds[oauth2]'") from error
+except ImportError as _missing:  # pragma: no cover
+    raise ImportError("the OAuth 2.0 provider needs httpx: pip install 'asyncpool-creds[oauth2]'") from _missing
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential

@@ -21,10 +21,10 @@ from asyncpool_creds.testing.postgres import PostgresServer, finish
 
 try:
     import trustme
-except ImportError as error:
+except ImportError as _missing:
     raise ImportError(
         "asyncpool_creds.testing.door needs trustme for its certificates: pip install 'asyncpool-creds[testing]'"
-    ) from error
+    ) from _missing
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -27,8 +27,8 @@ try:
     from aiohttp import web
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
     from jwt.algorithms import ECAlgorithm, RSAAlgorithm
-except ImportError as error:  # pragma: no cover
-    raise ImportError("the token issuer needs aiohttp and PyJWT: pip install 'asyncpool-creds[testing]'") from error
+except ImportError as _missing:  # pragma: no cover
+    raise ImportError("the token issuer needs aiohttp and PyJWT: pip install 'asyncpool-creds[testing]'") from _missing
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -170,15 +170,15 @@ class TokenIssuer:
         self.access_lifetime = access_lifetime
         self.refresh_lifetime = refresh_lifetime
         self.rotate_refresh_tokens = True
-        self.clock_skew = 0.0
-        self.delay = 0.0
-        self.opaque_access_tokens = False
-        self.garbage = False
+        self.clock_skew: float = 0.0
+        self.delay: float = 0.0
+        self.opaque_access_tokens: bool = False
+        self.garbage: bool = False
         self.answer: dict[str, object] = {}
         self.requests: Counter[str] = Counter()
         self.documents: Counter[str] = Counter()
-        self.replays = 0
-        self.revoked_families = 0
+        self.replays: int = 0
+        self.revoked_families: int = 0
         self._clients: Final = dict(clients or {})
         self._auth_methods: Final = tuple(auth_methods)
         self._audience: Final = audience

@@ -75,10 +75,10 @@ class ScriptedProvider:
 
         self.called_at: list[datetime] = []
         self.credentials: list[Credential] = []
-        self.in_flight = 0
-        self.peak_in_flight = 0
-        self.cancelled = 0
-        self.closed = 0
+        self.in_flight: int = 0
+        self.peak_in_flight: int = 0
+        self.cancelled: int = 0
+        self.closed: int = 0
 
         self.play(*script)
 

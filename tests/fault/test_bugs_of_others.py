@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from datetime import UTC, datetime, timedelta
@@ -80,7 +81,7 @@ def test_cloud_sql_a_refresh_that_fails_is_not_repeated_without_a_pause(clock, o
             await observer.seen(RefreshFailed, 6)
 
         times = [at.timestamp() for at in source.called_at[1:]]
-        assert all(later - earlier >= 0.09 for earlier, later in zip(times, times[1:], strict=False))
+        assert all(later - earlier >= 0.09 for earlier, later in itertools.pairwise(times))
 
     clock.run(main())
 
@@ -475,7 +476,7 @@ async def test_a_pool_in_a_forked_child_refuses_to_touch_its_parents_connections
     os.close(writing)
     with os.fdopen(reading) as pipe:
         answer = await asyncio.to_thread(pipe.read)
-    os.waitpid(child, 0)
+    await asyncio.to_thread(os.waitpid, child, 0)
 
     assert "fork" in answer
     assert_no_secret(answer)

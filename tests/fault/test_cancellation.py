@@ -22,7 +22,7 @@ Pool: TypeAlias = CredentialPool[asyncpg.Record]
 # What is interrupted.
 
 
-async def acquire(pool: Pool, timeout: float | None = None) -> Any:
+async def acquire(pool: Pool, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - asyncpg's argument
     return await pool.acquire(timeout=timeout)
 
 
@@ -416,6 +416,21 @@ async def test_cancelling_anywhere_loses_nothing(world: World, attempt: Any, how
         await attempt(world, run)
         world.assert_no_complaints()
 
-    suspensions = await interrupt_everywhere(once, how)
+    await interrupt_everywhere(once, how)
 
-    print(f"{suspensions} suspensions")
+
+@pytest.mark.parametrize("how", ["waiting", "ready", "twice"])
+async def test_the_harness_finds_every_suspension(how: str) -> None:
+    reached: list[list[int]] = []
+
+    async def operation() -> None:
+        reached.append([])
+        for number in range(5):
+            reached[-1].append(number)
+            await asyncio.sleep(0.001 * (number % 2))
+
+    async def once(run: Run) -> None:
+        await run(operation())
+
+    assert await interrupt_everywhere(once, how) == 5
+    assert [len(numbers) for numbers in reached] == [1, 2, 3, 4, 5, 5]

@@ -190,7 +190,9 @@ async def test_the_credential_may_rotate_while_the_handshake_hangs(world, stage)
     await recovers(world, pool)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.READY], ids=lambda stage: stage.name.lower())
+@pytest.mark.parametrize(
+    "stage", [stage for stage in Stage if stage is not Stage.READY], ids=lambda stage: stage.name.lower()
+)
 async def test_a_single_connect_times_out_and_leaves_nothing(world, stage):
     world.door.hang_at(stage)
 

@@ -19,7 +19,8 @@ from asyncpool_creds import (
     create_pool,
 )
 from asyncpool_creds.providers.oauth2 import OAuth2
-from asyncpool_creds.testing import RecordingObserver, VirtualClock
+from asyncpool_creds.storage import MemoryStorage
+from asyncpool_creds.testing import RecordingObserver, ScriptedProvider, VirtualClock
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.issuer import TokenIssuer
 
@@ -269,8 +270,6 @@ async def test_callers_cancelled_during_an_exchange_spend_no_refresh_token_twice
 
 
 async def test_a_storage_that_fails_after_the_exchange_keeps_serving_and_loses_no_token(issued):
-    from asyncpool_creds.storage import MemoryStorage
-
     class Full(MemoryStorage):
         full = False
 
@@ -303,11 +302,9 @@ async def test_a_storage_that_fails_after_the_exchange_keeps_serving_and_loses_n
 
 def test_retries_come_before_the_credential_ends_however_long_the_outage(clock, observer):
     async def main():
-        from asyncpool_creds.testing import ScriptedProvider
-
         source = ScriptedProvider(300.0, *([ProviderError("down")] * 40), 300.0, clock=clock)
         start = clock.time()
-        async with TokenManager(source, clock=clock, on_event=observer) as manager:
+        async with TokenManager(source, clock=clock, on_event=observer):
             # litellm sleeps 600 s after a failure with 180 s left. Here many attempts fit into the minute that is left.
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(299.0 - (clock.time() - start)):

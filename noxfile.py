@@ -1,0 +1,108 @@
+"""The checks of this project, each in an environment of its own: ``nox -l`` lists them, ``.ci/run`` runs them all."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.sessions = ["lint", "types", "tests", "package"]
+nox.options.reuse_existing_virtualenvs = True
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+ASYNCPG = ["0.30", "0.31", "0.32"]
+ALONE = """
+import sys
+
+import asyncpool_creds
+from asyncpool_creds import testing
+
+extras = {"httpx", "aiohttp", "jwt", "rich", "trustme", "uvloop"} & set(sys.modules)
+assert not extras, f"importing the package imports {extras}"
+print(asyncpool_creds.__version__)
+"""
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff's linter and formatter."""
+    session.install("--group", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types: two strict checkers, and the completeness of what users see."""
+    session.install("--group", "types", "-e", ".")
+    session.run("mypy")
+    session.run("basedpyright")
+    session.run("basedpyright", "--verifytypes", "asyncpool_creds", "--ignoreexternal")
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("asyncpg", ASYNCPG)
+def tests(session: nox.Session, asyncpg: str) -> None:
+    """The whole suite, measured: ``nox -s coverage`` adds up all runs since the last time."""
+    session.install("--group", "test", "-e", ".", f"asyncpg=={asyncpg}.*")
+    data = Path(".coverage-data", f"{session.python}-{asyncpg}")
+    data.mkdir(parents=True, exist_ok=True)
+    session.run("coverage", "run", f"--data-file={data.resolve()}/run", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Branch coverage over all test runs combined."""
+    session.install("coverage[toml]>=7.10")
+    # One file for each process of each run.
+    data = sorted(str(path) for path in Path(".coverage-data").glob("*/run*"))
+    session.run("coverage", "combine", "--quiet", "--keep", *data)
+    session.run("coverage", "report")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The sdist and the wheel: complete, and importable with asyncpg and anyio alone."""
+    session.install("--group", "package")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {*_files("asyncpool_creds"), *_files("tests"), *_files("examples"), *_files("benchmarks"), *_files("docs")}
+    wanted |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "noxfile.py", ".ci/run", "pyproject.toml"}
+    if missing := wanted - packed:
+        session.error(f"the sdist lacks {sorted(missing)}")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    if packed != _files("asyncpool_creds"):
+        session.error(f"the wheel differs from the package in {sorted(packed ^ _files('asyncpool_creds'))}")
+
+    empty = dist.parent / "empty"
+    session.run("python", "-m", "venv", "--clear", "--without-pip", str(empty))
+    session.run("python", "-m", "pip", "--python", str(empty), "install", "--quiet", str(wheel))
+    # Isolated, and from elsewhere: what is found is what was installed.
+    session.chdir(dist)
+    session.run(str(empty / "bin" / "python"), "-I", "-c", ALONE, external=True)
+    installed = session.run(
+        "python", "-m", "pip", "--python", str(empty), "list", "--format=freeze", silent=True, log=False
+    )
+    names = {line.partition("==")[0].lower() for line in str(installed).split()}
+    if not names <= {"asyncpool-creds", "asyncpg", "anyio", "idna", "typing-extensions", "typing_extensions"}:
+        session.error(f"the wheel brings more than asyncpg and anyio: {sorted(names)}")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Against plain asyncpg in the same run; ``nox -s benchmarks -- --quick`` for a first look."""
+    session.install("--group", "test", "-e", ".")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+def _files(directory: str) -> set[str]:
+    files = (path for path in Path(directory).rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"}
