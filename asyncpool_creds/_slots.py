@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
@@ -30,8 +30,11 @@ else:
 AnyProxy: TypeAlias = "PoolConnectionProxy[Any]"
 ConnectionHook: TypeAlias = Callable[[AnyProxy], "bool | Awaitable[bool]"]
 
+# asyncpg before 0.32 waits for ever for the cancellation of a query on a connection that is killed meanwhile.
+_WAITS_FOR_EVER: Final = "_pool_holder" not in asyncpg.Connection.__slots__
+_CANCELLATION_TIMEOUT: Final = 10.0
 # No pool has this generation, so asyncpg closes the connection on release (0.29 to 0.32).
-_RETIRED = -1
+_RETIRED: Final = -1
 
 
 class SlotOwner(Protocol):
@@ -187,6 +190,8 @@ class Slot(_Holder):
                 owner.retire(connection, reason)
                 self._generation = _RETIRED
         if self._con is connection:  # else it died meanwhile, and asyncpg has freed the slot
+            if _WAITS_FOR_EVER and timeout is None and connection._protocol._is_cancelling():
+                timeout = _CANCELLATION_TIMEOUT
             try:
                 await super().release(timeout)
             except AttributeError:
