@@ -8,11 +8,11 @@ import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
         _closed: bool
 
         def _check_init(self) -> None: ...
-        def _acquire(self, timeout: float | None) -> Coroutine[Any, Any, AnyProxy]: ...
         async def _initialize(self) -> None: ...
         async def _get_new_connection(self) -> AnyConnection: ...
 
@@ -166,7 +165,6 @@ class CredentialPool(_Pool[RecordT]):
 
         self._user_connect = connect
         self._clock: Clock = SYSTEM_CLOCK
-        self._is_inherited = False
         _fork.watch(self)
         self._sessions: weakref.WeakKeyDictionary[AnyConnection, Session] = weakref.WeakKeyDictionary()
         self._closings: dict[asyncio.Task[None], AnyConnection] = {}
@@ -198,6 +196,9 @@ class CredentialPool(_Pool[RecordT]):
             per_second=self._per_second,
             observers=self._events,
         )
+        # What slots ask on every acquire and release goes straight to the one who knows.
+        self.released: Callable[[Slot], None] = self._rotation.released
+        self.is_calm: Callable[[], bool] = self._rotation.is_calm if before_acquire is after_release is None else _never
 
     def _use(self, credentials: Credentials, *, forward: bool) -> None:
         # Read now, so that arguments that contradict each other show before anything is opened.
@@ -298,14 +299,6 @@ class CredentialPool(_Pool[RecordT]):
         if self._loop.is_running():
             self._dispose_once()
 
-    def _acquire(self, timeout: float | None) -> Coroutine[Any, Any, AnyProxy]:
-        if self._is_inherited:
-            raise asyncpg.InterfaceError(
-                "this pool was made before the process was forked, and its connections are the parent's; "
-                "make a pool in each process, after the fork"
-            )
-        return super()._acquire(timeout)
-
     async def _initialize(self) -> None:
         try:
             await super()._initialize()
@@ -320,8 +313,7 @@ class CredentialPool(_Pool[RecordT]):
         for holder in self._holders:
             holder.__class__ = Slot
         manager = self.manager
-        if manager is None or manager.background:
-            self._rotation.start()
+        self._rotation.start(in_background=manager is None or manager.background)
 
     async def _get_new_connection(self) -> AnyConnection:
         return await self._rotation.take_spare() or await self._new_connection(replacement=False)
@@ -413,19 +405,23 @@ class CredentialPool(_Pool[RecordT]):
         return task
 
     def about_to_connect(self) -> None:
-        """An acquire has to wait for a connect, unless a replacement stands ready."""
-        self._waits += not self._rotation.has_spare
+        """Count an acquire that has to wait for a connect: no replacement stands ready."""
+        for_the_floor = asyncio.current_task() is getattr(self, "_maintenance_task", None)  # asyncpg 0.32
+        self._waits += not (for_the_floor or self._rotation.has_spare)
 
     def connected(self, slot: Slot) -> None:  # noqa: ARG002 - all are looked at
         """`slot` has a new connection, or has failed to get one."""
         self._rotation.look()
 
-    def released(self, slot: Slot) -> None:
-        """The connection of `slot` has come back."""
-        self._rotation.released(slot)
-
     def _forked(self) -> None:
-        self._is_inherited = True
+        async def refuse(timeout: float | None) -> NoReturn:  # noqa: ARG001, ASYNC109 - asyncpg's signature
+            raise asyncpg.InterfaceError(
+                "this pool was made before the process was forked, and its connections are the parent's; "
+                "make a pool in each process, after the fork"
+            )
+
+        # Only a child pays for it.
+        self.__dict__["_acquire"] = refuse
 
     # -- managers
 
@@ -499,6 +495,10 @@ def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Calla
             raise
 
     return hook_or_hang_up
+
+
+def _never() -> bool:
+    return False
 
 
 def _is_bindable(credentials: Credentials) -> bool:

@@ -147,21 +147,22 @@ class Rotation:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._running = False
+        self._calm_until = -math.inf, -math.inf
         self.epoch = 0
         self.replaced = 0
         self.failures = 0
 
     # -- what the pool tells it
 
-    def start(self) -> None:
-        """Begin to watch the connections."""
-        self._running = True
+    def start(self, *, in_background: bool) -> None:
+        """Begin to watch the connections, and to replace them unless nothing may happen between calls."""
+        self._running = in_background
         self.look()
 
     def look(self) -> None:
         """Look again at what is due: a connection was opened, drained or has died, or a credential has rotated."""
         self._news.set()
-        if not self._running or self._task is not None:
+        if self._task is not None:
             return
         moment = min(
             (session.seconds_until_due(self._clock, self._retire_when, self.epoch) for _, session in self._sessions()),
@@ -170,11 +171,19 @@ class Rotation:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._calm_until = self._clock.monotonic() + moment, self._clock.time() + moment
+        if not self._running:
+            return
         if moment <= 0:
             self._task = self._loop.create_task(self._run(), name="asyncpool_creds: replace connections")
             self._task.add_done_callback(self._ran)
         elif moment < math.inf:
             self._timer = self._loop.call_later(min(max(moment, _TIMER_GRAIN), _WATCH_INTERVAL), self.look)
+
+    def is_calm(self) -> bool:
+        """Return whether nothing has become due since `look`, by either clock: asked on every acquire and release."""
+        monotonic, wall = self._calm_until
+        return self._clock.monotonic() < monotonic and self._clock.time() < wall
 
     def released(self, slot: Slot) -> None:
         """A connection has come back: if it is due and a replacement stands, they change places here and now."""
@@ -184,7 +193,7 @@ class Rotation:
         if slot.is_vacant:
             # Its end came while it was in use, and it is closed already.
             if spare is not None:
-                self._put(spare, slot)
+                self._settle(spare, slot)
             return
         reason = self._due(slot.connection) if slot.is_at_rest and slot.connection is not None else None
         if reason is not None:
@@ -352,7 +361,7 @@ class Rotation:
         if self._one_for_one:
             # Where room was made; or somebody has come to that slot meanwhile and is about to take it.
             if self._room is not None and self._room.is_vacant:
-                self._put(spare, self._room)
+                self._settle(spare, self._room)
                 return True
             if self._host.connecting:
                 return False
@@ -367,13 +376,14 @@ class Rotation:
         return None if spare is None or spare.is_closed() or self._due(spare) is not None else spare
 
     def _swap(self, slot: Slot, spare: AnyConnection, reason: RetireReason) -> None:
+        self._spare = None
         old = slot.vacate()
-        self._put(spare, slot)
+        slot.fill(spare)
         self._closing_old = self._retire(old, reason)
 
-    def _put(self, spare: AnyConnection, slot: Slot) -> None:
+    def _settle(self, spare: AnyConnection, slot: Slot) -> None:
         self._spare = None
-        slot.fill(spare)
+        slot.settle(spare)
         self._news.set()
 
     # -- small change

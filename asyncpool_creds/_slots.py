@@ -23,7 +23,12 @@ from asyncpool_creds._events import RetireReason
 __all__ = ["AnyProxy", "ConnectionHook", "Slot", "SlotOwner"]
 
 if TYPE_CHECKING:
-    _Holder: TypeAlias = PoolConnectionHolder[Any]
+
+    class _Holder(PoolConnectionHolder[Any]):
+        """What is used of it that the stubs leave out."""
+
+        def _release(self) -> None: ...
+
 else:
     _Holder = PoolConnectionHolder
 
@@ -44,6 +49,10 @@ class SlotOwner(Protocol):
     after_release: ConnectionHook | None
     connecting: set[Slot]
 
+    def is_calm(self) -> bool:
+        """Return whether there is nothing to look at on the way out or in: no hook, no end, no rotation."""
+        ...
+
     def end_of(self, connection: AnyConnection) -> RetireReason | None:
         """Return why `connection` must not be handed out any more, or None."""
         ...
@@ -61,7 +70,7 @@ class SlotOwner(Protocol):
         ...
 
     def about_to_connect(self) -> None:
-        """An acquire has to wait for a connect."""
+        """A slot is about to connect, for an acquirer or for the floor of asyncpg 0.32."""
         ...
 
     def connected(self, slot: Slot) -> None:
@@ -91,7 +100,7 @@ class Slot(_Holder):
     _proxy: Any
     _in_use: Any
     _generation: Any
-    _inactive_callback: Any
+    _maybe_cancel_inactive_callback: Callable[[], None]
     _setup_inactive_callback: Callable[[], None]
 
     @property
@@ -123,26 +132,30 @@ class Slot(_Holder):
     def fill(self, connection: AnyConnection) -> None:
         """Put `connection` into a vacant slot.
 
-        With no await between `vacate` and this, no acquirer sees the slot empty.
+        With no await between `vacate` and this, no acquirer sees the slot empty. The inactivity
+        timer is the slot's and goes on: re-armed at every rotation, it would never fire.
         """
         self._con = connection
         self._generation = self._pool._generation
         if hasattr(connection, "_pool_holder"):  # asyncpg 0.32 tells the holder when an idle connection dies
             connection._pool_holder = weakref.ref(self)
-        # A timer that is running goes on: re-armed at every rotation, it would never fire.
-        if self._inactive_callback is None:
-            self._setup_inactive_callback()
 
-    # Not a coroutine function, to save one on every acquire.
+    def settle(self, connection: AnyConnection) -> None:
+        """Put `connection` into a slot that has been vacant for a while, and start its inactivity timer."""
+        self.fill(connection)
+        self._maybe_cancel_inactive_callback()
+        self._setup_inactive_callback()
+
+    # Not a coroutine function, to save one on every acquire; nor is `release`.
     def acquire(self) -> Coroutine[Any, Any, AnyProxy]:  # pyright: ignore[reportIncompatibleMethodOverride]
         owner: SlotOwner = self._pool
+        if owner.is_calm():
+            return super().acquire()
         if self._con is not None and not self._con.is_closed():
             reason = owner.end_of(self._con)
             if reason is not None:
                 owner.retire(self._con, reason)
                 owner.close_later(self.vacate())
-        if self._con is None or self._con.is_closed() or self._generation != self._pool._generation:
-            owner.about_to_connect()
         if owner.before_acquire is None:
             return super().acquire()
         return self._acquire_approved(owner, owner.before_acquire)
@@ -177,8 +190,13 @@ class Slot(_Holder):
             owner.retire(self._con, "before_acquire")
             owner.close_later(self.vacate())
 
-    async def release(self, timeout: float | None) -> None:  # noqa: ASYNC109 - asyncpg's signature
+    def release(self, timeout: float | None) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         owner: SlotOwner = self._pool
+        if owner.is_calm() and not _WAITS_FOR_EVER:
+            return super().release(timeout)
+        return self._release_with_care(owner, timeout)
+
+    async def _release_with_care(self, owner: SlotOwner, timeout: float | None) -> None:  # noqa: ASYNC109 - as asyncpg's
         connection = self._con
         failure: Exception | None = None
         if self._in_use is not None and not connection.is_closed():
@@ -203,14 +221,19 @@ class Slot(_Holder):
                     # 0.30 and 0.31 take every closed connection for cleaned up. An aborted one is not, and
                     # its slot would be lost.
                     connection.terminate()
-                # Nothing runs between asyncpg's putting the slot back and this: a replacement that
-                # waits for it is in before the next acquirer sees it.
                 owner.released(self)
         if failure is not None:
             raise failure
 
+    def _release(self) -> None:
+        super()._release()
+        # The slot is in the queue, and nobody has seen it there yet: a replacement that waits for it goes in first.
+        owner: SlotOwner = self._pool
+        owner.released(self)
+
     async def connect(self) -> None:
         owner: SlotOwner = self._pool
+        owner.about_to_connect()
         owner.connecting.add(self)
         try:
             await super().connect()
