@@ -32,7 +32,7 @@ from asyncpool_creds._events import (
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 from asyncpool_creds._rotation import RetireWhen, Rotation, Session
-from asyncpool_creds._slots import AnyProxy, ConnectionHook, Slot
+from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -194,11 +194,12 @@ class CredentialPool(_Pool[RecordT]):
             clock=self._clock,
             retire_when=retire_when,
             per_second=self._per_second,
+            has_hooks=before_acquire is not None or after_release is not None,
             observers=self._events,
         )
         # What slots ask on every acquire and release goes straight to the one who knows.
+        self.calm: Calm = self._rotation.calm
         self.released: Callable[[Slot], None] = self._rotation.released
-        self.is_calm: Callable[[], bool] = self._rotation.is_calm if before_acquire is after_release is None else _never
 
     def _use(self, credentials: Credentials, *, forward: bool) -> None:
         # Read now, so that arguments that contradict each other show before anything is opened.
@@ -495,10 +496,6 @@ def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Calla
             raise
 
     return hook_or_hang_up
-
-
-def _never() -> bool:
-    return False
 
 
 def _is_bindable(credentials: Credentials) -> bool:

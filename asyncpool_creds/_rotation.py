@@ -17,7 +17,7 @@ from asyncpool_creds._clock import Clock
 from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._events import Observers, ReplacementFailed, RetireReason
 from asyncpool_creds._manager import Stamp
-from asyncpool_creds._slots import Slot
+from asyncpool_creds._slots import Calm, Slot
 
 __all__ = ["RetireWhen", "Rotation", "RotationHost", "Session"]
 
@@ -116,6 +116,7 @@ class Rotation:
     A task runs only while something is due; between, there is a timer.
 
     Attributes:
+        calm: Until when nothing is due, for the slots.
         epoch: How often the pool has been drained.
         replaced: Connections opened to take another's place.
         failures: Attempts at that which failed.
@@ -129,6 +130,7 @@ class Rotation:
         clock: Clock,
         retire_when: RetireWhen,
         per_second: float,
+        has_hooks: bool,
         observers: Observers,
     ) -> None:
         self._host = host
@@ -147,7 +149,8 @@ class Rotation:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._running = False
-        self._calm_until = -math.inf, -math.inf
+        self._has_hooks = has_hooks
+        self.calm = Calm(clock)
         self.epoch = 0
         self.replaced = 0
         self.failures = 0
@@ -171,7 +174,10 @@ class Rotation:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._calm_until = self._clock.monotonic() + moment, self._clock.time() + moment
+        if not self._has_hooks:
+            # The clocks have moved on a little since `moment` was computed.
+            margin = moment - _TIMER_GRAIN
+            self.calm.until, self.calm.until_wall = self._clock.monotonic() + margin, self._clock.time() + margin
         if not self._running:
             return
         if moment <= 0:
@@ -179,11 +185,6 @@ class Rotation:
             self._task.add_done_callback(self._ran)
         elif moment < math.inf:
             self._timer = self._loop.call_later(min(max(moment, _TIMER_GRAIN), _WATCH_INTERVAL), self.look)
-
-    def is_calm(self) -> bool:
-        """Return whether nothing has become due since `look`, by either clock: asked on every acquire and release."""
-        monotonic, wall = self._calm_until
-        return self._clock.monotonic() < monotonic and self._clock.time() < wall
 
     def released(self, slot: Slot) -> None:
         """A connection has come back: if it is due and a replacement stands, they change places here and now."""
@@ -273,11 +274,12 @@ class Rotation:
                 continue
             attempt = 0
             self.replaced += 1
+            cost = self._loop.time() - started
             await self._find_a_place(spare)
             gap = _policy.replacement_gap(
                 pending=len(pending),
                 window=_finite(min(left for left, _, _ in pending)) if self._retire_when == "expired" else None,
-                cost=self._loop.time() - started,
+                cost=cost,
                 per_second=self._per_second,
                 chance=random.random(),  # noqa: S311 - jitter
             )

@@ -26,7 +26,8 @@ TROUBLES = (
     asyncpg.InternalClientError,
     CredentialExpired,
 )
-# Before 0.32 its release() waits for ever, or trips, if a connection is killed while a query on it is being cancelled.
+# Before 0.32 its release() waits for ever if a connection is killed while a query on it is being cancelled, and its
+# close(), if cancelled while it waits for a query, lets go of a connection without closing it.
 SURVIVES_KILLS = hasattr(asyncpg.Pool, "get_init_size")
 
 
@@ -141,7 +142,7 @@ async def test_closing_in_the_middle_of_a_storm_leaves_nothing(world: World, see
         refresh = asyncio.ensure_future(pool.manager.refresh())
         await ticks(chance.randrange(40))
         closing = asyncio.ensure_future(pool.close())
-        if chance.random() < 0.5:
+        if chance.random() < 0.5 and SURVIVES_KILLS:
             await ticks(chance.randrange(20))
             closing.cancel()
         elif chance.random() < 0.5:

@@ -1,0 +1,1 @@
+"""What the pool costs, and what a rotation costs, measured against plain asyncpg: ``python -m benchmarks``."""

@@ -1,0 +1,134 @@
+"""The command: chooses cells and loops, shows progress, reports, and with ``--check`` judges."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib.util
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from asyncpool_creds.testing.postgres import PostgresServer
+from benchmarks import herd, machine, manager, report, rotation, throughput
+from benchmarks.figures import Result
+from benchmarks.pools import PASSWORD, ROLE
+from benchmarks.rounds import Cell, Conditions, Effort
+
+_CELLS: Final[tuple[Cell, ...]] = (*throughput.CELLS, *herd.CELLS, *rotation.CELLS, *manager.CELLS)
+_QUICK: Final = Effort(blocks=3, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = _options(arguments)
+    cells = [cell for cell in _CELLS if options.only is None or any(cell in chosen for chosen in options.only)]
+    loops = list(_LOOPS) if options.loop == "both" else [options.loop]
+    effort = _QUICK if options.quick else Effort()
+    if options.rounds is not None:
+        effort = effort.with_rounds(options.rounds)
+
+    # What is loaded stays; collecting between rounds need not look at it.
+    gc.freeze()
+    with PostgresServer() as server:
+        asyncio.run(server.create_role(ROLE, password=PASSWORD))
+        results = _run(server, cells, loops, effort, options.seed)
+        description = machine.describe(server.version)
+
+    if options.json:
+        settings = {"quick": options.quick, "seed": options.seed, "loops": loops, "effort": asdict(effort)}
+        sys.stdout.write(report.as_json(description, settings, results) + "\n")
+    else:
+        # Wide enough for the widest table where there is no terminal to be seen on.
+        console = Console()
+        report.print_tables(console if console.is_terminal else Console(width=200), description, results)
+    if not options.check:
+        return 0
+    broken = report.broken_floors(results)
+    for complaint in broken:
+        sys.stderr.write(f"floor broken: {complaint}\n")
+    return 1 if broken else 0
+
+
+def _run(
+    server: PostgresServer, cells: Sequence[Cell], loops: Sequence[str], effort: Effort, seed: int
+) -> list[Result]:
+    results: list[Result] = []
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn between rounds only: a thread that draws would be measured too.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(loops) * sum(cell.rounds(effort) for cell in cells))
+
+        def tick() -> None:
+            progress.update(task, advance=1, refresh=True)
+
+        for cell in cells:
+            for loop in loops:
+                progress.update(task, description=f"{cell.name} on {loop}", refresh=True)
+                if not console.is_terminal:
+                    console.print(f"{cell.name} on {loop}")
+                # The same order of turns whatever else is measured.
+                chance = random.Random(f"{seed} {cell.name}")
+                conditions = Conditions(server=server, effort=effort, chance=chance, tick=tick)
+                with asyncio.Runner(loop_factory=_LOOPS[loop]) as runner:
+                    rows = runner.run(cell.measure(conditions))
+                results.append(Result(cell=cell.name, group=cell.group, meaning=cell.meaning, loop=loop, rows=rows))
+    return results
+
+
+def _uvloop() -> asyncio.AbstractEventLoop:
+    import uvloop  # noqa: PLC0415 - it does not exist for every platform
+
+    return uvloop.new_event_loop()
+
+
+_LOOPS: Final[Mapping[str, Callable[[], asyncio.AbstractEventLoop]]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": _uvloop,
+}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a look in a fraction of the time, too noisy to judge by")
+    parser.add_argument(
+        "--only",
+        action="append",
+        type=_cells_called,
+        metavar="NAME",
+        help=f"a cell, or all whose names begin like that; may be repeated: {', '.join(cell.name for cell in _CELLS)}",
+    )
+    parser.add_argument("--loop", choices=(*_LOOPS, "both"), default="both", help="the event loop; default: both")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, single rounds included")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a floor does not hold")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="so many rounds in every cell")
+    parser.add_argument("--seed", type=int, default=1, help="of the order in which contenders take turns; default: 1")
+    options = parser.parse_args(arguments)
+    if options.loop != "asyncio" and importlib.util.find_spec("uvloop") is None:
+        parser.error("uvloop is not installed; install it, or pass --loop asyncio")
+    return options
+
+
+def _cells_called(name: str) -> tuple[Cell, ...]:
+    cells = tuple(cell for cell in _CELLS if cell.name == name or cell.name.startswith(f"{name}-"))
+    if not cells:
+        raise argparse.ArgumentTypeError(f"no cell is called {name!r}; there are {', '.join(c.name for c in _CELLS)}")
+    return cells
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

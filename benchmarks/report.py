@@ -1,0 +1,118 @@
+"""What is shown: tables for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.figures import Figure, Result, quartiles
+
+__all__ = ["as_json", "broken_floors", "print_tables"]
+
+
+def print_tables(console: Console, machine: Mapping[str, str | int], results: Sequence[Result]) -> None:
+    """Print the machine, and one table for each group of cells: medians, and the middle half in brackets."""
+    console.print(", ".join(f"{name}: {value}" for name, value in machine.items()), highlight=False)
+    for group, members in groupby(sorted(results, key=lambda one: _first_place(results, one.group)), _group):
+        console.print(_table(group, list(members)))
+
+
+def _group(result: Result) -> str:
+    return result.group
+
+
+def _first_place(results: Sequence[Result], group: str) -> int:
+    return next(place for place, result in enumerate(results) if result.group == group)
+
+
+def _table(group: str, results: Sequence[Result]) -> Table:
+    columns = list(dict.fromkeys(figure.name for result in results for row in result.rows for figure in row.figures))
+    meanings = "\n".join(dict.fromkeys(f"{result.cell}: {result.meaning}" for result in results))
+    table = Table(title=group, caption=meanings, title_justify="left", caption_justify="left")
+    for name in ("cell", "loop", "contender"):
+        table.add_column(name, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for result in results:
+        for row in result.rows:
+            figures = {figure.name: figure for figure in row.figures}
+            cells = [_shown(figures[name]) if name in figures else "" for name in columns]
+            table.add_row(result.cell, result.loop, row.contender, *cells, end_section=row is result.rows[-1])
+    return table
+
+
+def _shown(figure: Figure) -> str:
+    low, high = quartiles(figure.values)
+    text = f"{_number(figure.median)} ({_number(low)}-{_number(high)})" if low != high else _number(figure.median)
+    if not figure.has_floor:
+        return text
+    return f"[green]{text}[/]" if figure.holds else f"[bold red]{text} ![/]"
+
+
+def _number(value: float) -> str:
+    if value == round(value) and abs(value) < 1e6:
+        return f"{value:.0f}"
+    # Three significant digits, as far as four decimals show them.
+    decimals = min(4, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{decimals}f}"
+
+
+def broken_floors(results: Sequence[Result]) -> list[str]:
+    """Return a sentence for each floor that does not hold."""
+    return [_complaint(result, contender, figure) for result in results for contender, figure in result.broken()]
+
+
+def _complaint(result: Result, contender: str, figure: Figure) -> str:
+    demands = [
+        f"{word} {_number(bound)}"
+        for word, bound in (("at least", figure.at_least), ("at most", figure.at_most))
+        if bound is not None
+    ]
+    return (
+        f"{result.cell} on {result.loop}: {contender}: {figure.name}: "
+        f"{_number(figure.median)}, wanted {' and '.join(demands)}"
+    )
+
+
+def as_json(machine: Mapping[str, str | int], settings: Mapping[str, object], results: Sequence[Result]) -> str:
+    """Return everything, the single rounds too."""
+    return json.dumps(
+        {
+            "machine": dict(machine),
+            "settings": dict(settings),
+            "cells": [
+                {
+                    "name": result.cell,
+                    "group": result.group,
+                    "meaning": result.meaning,
+                    "loop": result.loop,
+                    "contenders": {
+                        row.contender: {figure.name: _figure(figure) for figure in row.figures} for row in result.rows
+                    },
+                }
+                for result in results
+            ],
+            "broken_floors": broken_floors(results),
+        },
+        indent=1,
+        allow_nan=False,
+    )
+
+
+def _figure(figure: Figure) -> dict[str, object]:
+    low, high = quartiles(figure.values)
+    return {
+        "median": figure.median,
+        "quartiles": [low, high],
+        "min": min(figure.values),
+        "max": max(figure.values),
+        "at_least": figure.at_least,
+        "at_most": figure.at_most,
+        "holds": figure.holds,
+        "rounds": list(figure.values),
+    }

@@ -1,0 +1,110 @@
+"""How rounds are run: contenders take turns in an order that is random and repeatable, nothing else runs meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from asyncpool_creds.testing.postgres import PostgresServer
+from benchmarks.figures import Metrics, Round, Row
+
+__all__ = ["Cell", "Conditions", "Effort", "Measurement", "play", "timed"]
+
+Measurement: TypeAlias = Callable[[], Awaitable[Metrics]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        blocks: How often the pools of a throughput cell are made anew: luck in where the server's
+            processes land would otherwise stay with one contender.
+        rounds: Rounds of a throughput cell in each block.
+        slice: Seconds, more or less, for which a contender runs in one round.
+        herds: Rounds of a herd cell.
+        rotations: Rounds of the rotation cell.
+        steady: Seconds before a rotation.
+        bursts: Rounds of the manager's cell.
+    """
+
+    blocks: int = 10
+    rounds: int = 16
+    slice: float = 0.02
+    herds: int = 15
+    rotations: int = 5
+    steady: float = 1.5
+    bursts: int = 60
+
+    def with_rounds(self, rounds: int) -> Effort:
+        """Return this with so many rounds in every cell (rounded up to whole blocks)."""
+        blocks = min(self.blocks, rounds)
+        in_block = math.ceil(rounds / blocks)
+        return replace(self, blocks=blocks, rounds=in_block, herds=rounds, rotations=rounds, bursts=rounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What a cell is given to measure with.
+
+    Args:
+        server: A PostgreSQL with the roles the cells need.
+        effort: How much to measure.
+        chance: Decides whose turn it is.
+        tick: To be called after each round, outside what is timed.
+    """
+
+    server: PostgresServer
+    effort: Effort
+    chance: random.Random
+    tick: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One line of the suite.
+
+    Args:
+        name: For ``--only``.
+        group: The table it stands in.
+        meaning: What it measures, in a sentence.
+        rounds: How many ticks it makes.
+        measure: Measures it.
+    """
+
+    name: str
+    group: str
+    meaning: str
+    rounds: Callable[[Effort], int]
+    measure: Callable[[Conditions], Coroutine[Any, Any, tuple[Row, ...]]]
+
+
+async def play(contenders: Mapping[str, Measurement], rounds: int, conditions: Conditions) -> list[Round]:
+    """Run the rounds; in each, every contender has one turn."""
+    played: list[Round] = []
+    names = list(contenders)
+    for _ in range(rounds):
+        conditions.chance.shuffle(names)
+        gc.collect()
+        played.append({name: await contenders[name]() for name in names})
+        conditions.tick()
+    return played
+
+
+async def timed(work: Callable[[], Awaitable[None]]) -> tuple[float, float]:
+    """Return the wall time and the CPU time (of this process) that `work` takes, in seconds.
+
+    Without the garbage collector, as timeit does it: its runs are rare and long next to a turn.
+    """
+    gc.disable()
+    try:
+        wall, cpu = time.perf_counter(), time.process_time()
+        await work()
+        return time.perf_counter() - wall, time.process_time() - cpu
+    finally:
+        gc.enable()
