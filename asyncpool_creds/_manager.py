@@ -159,12 +159,6 @@ class _Failure:
     hold_until: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    task: asyncio.Task[ProviderError | None]
-    scope: anyio.CancelScope
-
-
 class TokenManager:
     """Keep a credential fresh: one fetch at a time, in the background, shared by all callers.
 
@@ -230,7 +224,8 @@ class TokenManager:
         self._fetches = self._failures = self._rotations = self._generation = 0
 
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._flight: _Flight | None = None
+        self._flight: asyncio.Task[ProviderError | None] | None = None
+        self._fetching: anyio.CancelScope | None = None
         self._waiters: set[asyncio.Future[ProviderError | None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -438,22 +433,20 @@ class TokenManager:
 
     def _take_off(self, loop: asyncio.AbstractEventLoop) -> None:
         self._stop_timer()
-        scope = anyio.CancelScope()
         # An empty context: the flight serves everyone, so the first caller's trace or request is not its own.
-        task = loop.create_task(
-            self._fly(scope), name=f"asyncpool_creds: refresh from {self._name}", context=contextvars.Context()
+        self._flight = loop.create_task(
+            self._fly(), name=f"asyncpool_creds: refresh from {self._name}", context=contextvars.Context()
         )
-        self._flight = _Flight(task, scope)
-        task.add_done_callback(self._landed)
+        self._flight.add_done_callback(self._landed)
 
-    async def _fly(self, scope: anyio.CancelScope) -> ProviderError | None:
+    async def _fly(self) -> ProviderError | None:
         self._fetches += 1
         started = self._monotonic()
         credential: Credential | None = None
         try:
-            # A scope and not a task cancellation: a provider that swallows one is cancelled again.
-            with scope:
-                scope.deadline = anyio.current_time() + self._fetch_timeout
+            # A scope and not a task cancellation: a provider that swallows one is cancelled again. Made in
+            # the task: in the callback of a timer, anyio cannot tell what loop it is on.
+            with anyio.move_on_after(self._fetch_timeout) as self._fetching:
                 credential = await ask(self._provider)
             if credential is None:
                 raise ProviderTimeout(
@@ -573,7 +566,7 @@ class TokenManager:
         if not self._background or self._closed or self._loop is None or (failure and not failure.error.retryable):
             return
         now = self._monotonic()
-        due = -math.inf if failure is None else failure.retry_at
+        due = -math.inf if failure is None else max(failure.retry_at, self._not_before)
         if self._stamp is not None and self._stamp.is_usable(self._clock):
             due = max(due, self._not_before, now + self._stamp._refresh - self._stamp._age(self._clock))
         if not math.isinf(due):
@@ -624,9 +617,9 @@ class TokenManager:
         self._waiters = set()
 
     async def _shut_down(self) -> None:
-        if self._flight is not None:
-            self._flight.scope.cancel()
-            await asyncio.wait((self._flight.task,))
+        if self._flight is not None and self._fetching is not None:
+            self._fetching.cancel()  # of this flight: its task took its first step before this one
+            await asyncio.wait((self._flight,))
         await close_provider(self._provider)
 
     # -- small change

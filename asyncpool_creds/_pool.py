@@ -165,6 +165,7 @@ class CredentialPool(_Pool[RecordT]):
 
         self._user_connect = connect
         self._clock: Clock = SYSTEM_CLOCK
+        self._is_inherited = False
         _fork.watch(self)
         self._sessions: weakref.WeakKeyDictionary[AnyConnection, Session] = weakref.WeakKeyDictionary()
         self._closings: dict[asyncio.Task[None], AnyConnection] = {}
@@ -214,7 +215,7 @@ class CredentialPool(_Pool[RecordT]):
                     self._events(event)
 
             self._unsubscribe = credentials.subscribe(observe)
-        elif isinstance(credentials, BindableProvider):
+        elif isinstance(credentials, BindableProvider) and not isinstance(credentials, type):
             self._bindable = credentials
             self._manager_of(target)
         else:
@@ -264,9 +265,7 @@ class CredentialPool(_Pool[RecordT]):
                 closings.append(self.close_later(slot.vacate()))
         if closings:
             await asyncio.wait(closings)
-        restore_floor = getattr(self, "_schedule_min_size_maintenance", None)  # asyncpg 0.32
-        if restore_floor is not None:
-            restore_floor()
+        self.restore_floor()
 
     # -- asyncpg's own methods, with what credentials add to them
 
@@ -280,7 +279,12 @@ class CredentialPool(_Pool[RecordT]):
         self._rotation.look()
 
     async def close(self) -> None:
-        """Close the pool as asyncpg does, then the manager, unless that was handed in."""
+        """Close the pool as asyncpg does, then the manager, unless that was handed in.
+
+        In a forked child this does nothing: the connections are the parent's.
+        """
+        if self._is_inherited:
+            return
         try:
             try:
                 await self._rotation.stop()
@@ -292,7 +296,12 @@ class CredentialPool(_Pool[RecordT]):
             await asyncio.shield(self._dispose_once())
 
     def terminate(self) -> None:
-        """Terminate all connections without waiting; the manager is closed by a task of the pool's."""
+        """Terminate all connections without waiting; the manager is closed by a task of the pool's.
+
+        In a forked child this does nothing: the connections are the parent's.
+        """
+        if self._is_inherited:
+            return
         super().terminate()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
@@ -405,6 +414,12 @@ class CredentialPool(_Pool[RecordT]):
         task.add_done_callback(self._closings.pop)
         return task
 
+    def restore_floor(self) -> None:
+        """Connect again up to the pool's minimum size, where asyncpg keeps one (0.32)."""
+        schedule: Callable[[], None] | None = getattr(self, "_schedule_min_size_maintenance", None)
+        if schedule is not None:
+            schedule()
+
     def about_to_connect(self) -> None:
         """Count an acquire that has to wait for a connect: no replacement stands ready."""
         for_the_floor = asyncio.current_task() is getattr(self, "_maintenance_task", None)  # asyncpg 0.32
@@ -421,6 +436,7 @@ class CredentialPool(_Pool[RecordT]):
                 "make a pool in each process, after the fork"
             )
 
+        self._is_inherited = True
         # Only a child pays for it.
         self.__dict__["_acquire"] = refuse
 

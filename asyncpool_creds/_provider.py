@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from asyncpool_creds._clock import Clock
 from asyncpool_creds._credential import Credential
-from asyncpool_creds._errors import CredentialError, ProviderError
+from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
 
 __all__ = [
     "BindableProvider",
@@ -130,6 +130,11 @@ async def ask(provider: CredentialProvider) -> Credential:
         credential = await provider.fetch()
     except ProviderError:
         raise
+    except CredentialExpired as error:
+        # Of another manager, which this source asks: what that one's source said decides.
+        source = error.__cause__
+        retryable = not isinstance(source, ProviderError) or source.retryable
+        raise ProviderError(f"{name}: {error}", retryable=retryable) from error
     except CredentialError as error:
         raise ProviderError(f"{name}: {error}", retryable=False) from error
     except (TypeError, ValueError) as error:

@@ -109,6 +109,10 @@ class RotationHost(Protocol):
         """Close `connection` in a task of the pool's."""
         ...
 
+    def restore_floor(self) -> None:
+        """Connect again up to the pool's minimum size, where asyncpg keeps one (0.32)."""
+        ...
+
 
 class Rotation:
     """Replace what is due, most urgent first: one connector, spread over the time that is left.
@@ -287,10 +291,14 @@ class Rotation:
 
     def _ran(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        if task.cancelled() or not self._running:
+        if not self._running:
+            return
+        if task.cancelled():  # by nobody of ours
+            self._timer = self._loop.call_later(_WATCH_INTERVAL, self.look)
             return
         error = task.exception()
         if error is None:
+            self._host.restore_floor()
             self.look()
         else:
             # A bug of ours, or of an init= that raises what is no Exception: be loud, and slow.

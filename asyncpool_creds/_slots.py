@@ -259,6 +259,10 @@ class Slot(_Holder):
         owner: SlotOwner = self._pool
         owner.about_to_connect()
         owner.connecting.add(self)
+        if self._proxy is not None:
+            # asyncpg leaves it here when `setup` fails, and a slot with a proxy never counts as at rest.
+            self._proxy._detach()
+            self._proxy = None
         try:
             await super().connect()
             reason = owner.end_of(self._con)
@@ -282,6 +286,9 @@ async def _verdict(
     try:
         async with asyncio.timeout(timeout):
             return await _answer(hook, proxy), None
+    except asyncio.CancelledError:
+        proxy.terminate()  # as asyncpg does when a reset is cancelled; that frees the slot
+        raise
     except Exception as error:  # noqa: BLE001
         return False, error
 

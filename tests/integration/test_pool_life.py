@@ -691,6 +691,8 @@ async def test_a_forked_child_gets_a_clear_error(cloud):
                 pool.acquire().__await__().send(None)
             except BaseException as error:  # noqa: BLE001 - the parent looks at it
                 answer = f"{type(error).__name__}: {error}"
+            # What a careful child does on its way out must not reach the parent's connections.
+            pool.terminate()
             os.write(writer, answer.encode())
             os._exit(0)
         os.close(writer)
@@ -701,6 +703,7 @@ async def test_a_forked_child_gets_a_clear_error(cloud):
         assert answer.startswith("InterfaceError: this pool was made ")
         assert "make a pool in each process, after the fork" in answer
         assert await pool.fetchval("SELECT 1") == 1
+        assert pool.stats().opened == pool.get_size()
 
 
 async def test_a_source_that_recovers_is_enough_for_the_pool_to_work_again(cloud):
