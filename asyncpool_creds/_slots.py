@@ -47,6 +47,7 @@ _RETIRED: Final = -1
 # Called by their names: on the way that every acquire and release takes, super() costs as much as what it finds.
 _acquire: Final = _Holder.acquire
 _release: Final = _Holder.release
+_put_back: Final = _Holder._release
 
 
 class Calm:
@@ -250,7 +251,7 @@ class Slot(_Holder):
             raise failure
 
     def _release(self) -> None:
-        super()._release()
+        _put_back(self)
         # The slot is in the queue, and nobody has seen it there yet: a replacement that waits for it goes in first.
         owner: SlotOwner = self._pool
         owner.released(self)
