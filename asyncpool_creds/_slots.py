@@ -47,7 +47,7 @@ _RETIRED: Final = -1
 # Called by their names: on the way that every acquire and release takes, super() costs as much as what it finds.
 _acquire: Final = _Holder.acquire
 _release: Final = _Holder.release
-_put_back: Final = _Holder._release
+_put_back: Final = _Holder._release  # pyright: ignore[reportPrivateUsage]
 
 
 class Calm:
