@@ -63,9 +63,10 @@ class Calm:
     __slots__ = ("monotonic", "time", "until", "until_wall")
 
     def __init__(self, clock: Clock) -> None:
-        self.monotonic = clock.monotonic
-        self.time = clock.time
-        self.until = self.until_wall = -math.inf
+        self.monotonic: Callable[[], float] = clock.monotonic
+        self.time: Callable[[], float] = clock.time
+        self.until: float = -math.inf
+        self.until_wall: float = -math.inf
 
 
 class SlotOwner(Protocol):
