@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeAlias
@@ -171,7 +173,7 @@ class Connector:
             outcome = ""
             if self._is_refused(error):
                 outcome = "; it was fetched because the one before it was refused, so look at the role, not the token"
-                self._report(newer, error, retrying=False)
+                self._report(manager, newer, error, retrying=False)
             error.add_note(_note(manager, newer, outcome))
             raise
 
@@ -186,7 +188,7 @@ class Connector:
             if newer.generation == stamp.generation:
                 newer = None
                 refusal.add_note(_note(manager, stamp, "; the server refused it, and no newer one is to be had"))
-        self._report(stamp, refusal, retrying=newer is not None)
+        self._report(manager, stamp, refusal, retrying=newer is not None)
         return newer
 
     async def _connect_with(
@@ -198,24 +200,35 @@ class Connector:
         try:
             # A function, because asyncpg shows a plain string in Connection._params and in every LoggedQuery.
             return await self._connect(dsn, **{**arguments, "password": lambda: credential.password})
-        except ConnectionError as error:
-            if force_tls and "rejected SSL upgrade" in str(error):
+        except BaseException as error:
+            _forget_locals(error)
+            if force_tls and isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
                 raise InsecureTransport(
                     "the server offers no TLS, so the credential was not sent; "
                     "turn TLS on there, or pass require_tls=False if the network is trusted"
                 ) from error
             raise
 
-    def _report(self, stamp: Stamp, refusal: Exception, *, retrying: bool) -> None:
+    def _report(self, manager: TokenManager, stamp: Stamp, refusal: Exception, *, retrying: bool) -> None:
         self._observers(
             CredentialRefused(
-                at=datetime.now(UTC),
+                at=datetime.fromtimestamp(manager.clock.time(), UTC),
                 fingerprint=stamp.credential.fingerprint,
                 generation=stamp.generation,
                 sqlstate=getattr(refusal, "sqlstate", None),
                 retrying=retrying,
             )
         )
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Empty the frames of asyncpg's connect: the secret lies there in the clear, and some tools log locals."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_globals.get("__name__") == "asyncpg.connect_utils":
+                with contextlib.suppress(RuntimeError):  # it is running
+                    frame.clear()
+        error = error.__cause__ or error.__context__
 
 
 def _note(manager: TokenManager, stamp: Stamp, outcome: str) -> str:

@@ -620,7 +620,14 @@ class TokenManager:
         if self._flight is not None and self._fetching is not None:
             self._fetching.cancel()  # of this flight: its task took its first step before this one
             await asyncio.wait((self._flight,))
-        await close_provider(self._provider)
+        try:
+            await close_provider(self._provider)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Else whoever waits for the end would take itself for cancelled.
+            raise RuntimeError(f"{self._name}: aclose() let the cancellation of a task of its own through") from error
 
     # -- small change
 

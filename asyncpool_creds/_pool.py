@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         _connect_args: Sequence[str | None]
         _connect_kwargs: dict[str, object]
         _closed: bool
+        _initializing: bool
 
         def _check_init(self) -> None: ...
         async def _initialize(self) -> None: ...
@@ -177,7 +178,8 @@ class CredentialPool(_Pool[RecordT]):
         self._connector: Connector | None = None
         self._bindable: BindableProvider | None = None
         self._managers: dict[Target | None, TokenManager] = {}
-        self._shared: TokenManager | None = None
+        self._manager: TokenManager | None = None
+        self._observer: Observer | None = None
         self._unsubscribe: Callable[[], None] | None = None
         if credentials is not None:
             self._connector = Connector(
@@ -204,9 +206,10 @@ class CredentialPool(_Pool[RecordT]):
 
     def _use(self, credentials: Credentials, *, forward: bool) -> None:
         # Read now, so that arguments that contradict each other show before anything is opened.
-        target = self._first_target()
+        assert self._connector is not None  # noqa: S101
+        target = self._connector.route(self._connect_args[0], self._connect_kwargs)[0].targets[0]
         if isinstance(credentials, TokenManager):
-            self._shared = credentials
+            self._manager = credentials
             self._clock = credentials.clock
 
             def observe(event: Event) -> None:
@@ -214,12 +217,12 @@ class CredentialPool(_Pool[RecordT]):
                 if forward:
                     self._events(event)
 
-            self._unsubscribe = credentials.subscribe(observe)
+            self._observer = observe
         elif isinstance(credentials, BindableProvider) and not isinstance(credentials, type):
             self._bindable = credentials
-            self._manager_of(target)
+            self._manager = self._manager_of(target)
         else:
-            self._managers[None] = TokenManager(credentials, on_event=(self._events, self._on_manager_event))
+            self._manager = self._managers[None] = self._make_manager(credentials)
 
     # -- beyond asyncpg's pool
 
@@ -229,7 +232,7 @@ class CredentialPool(_Pool[RecordT]):
 
         Where every host has one of its own, that of the first host.
         """
-        return None if self._connector is None else self._manager_of(self._first_target())
+        return self._manager
 
     def stats(self) -> PoolStats:
         """Return the state and the counters as they stand."""
@@ -285,6 +288,8 @@ class CredentialPool(_Pool[RecordT]):
         """
         if self._is_inherited:
             return
+        if self._initializing:
+            self._check_init()  # which raises, before anything is undone
         try:
             try:
                 await self._rotation.stop()
@@ -310,6 +315,9 @@ class CredentialPool(_Pool[RecordT]):
             self._dispose_once()
 
     async def _initialize(self) -> None:
+        if self._manager is not None and self._observer is not None:
+            # Not before: a pool that is never opened leaves nothing behind at the manager.
+            self._unsubscribe = self._manager.subscribe(self._observer)
         try:
             await super()._initialize()
         except BaseException:
@@ -322,8 +330,7 @@ class CredentialPool(_Pool[RecordT]):
             raise
         for holder in self._holders:
             holder.__class__ = Slot
-        manager = self.manager
-        self._rotation.start(in_background=manager is None or manager.background)
+        self._rotation.start(in_background=self._manager is None or self._manager.background)
 
     async def _get_new_connection(self) -> AnyConnection:
         return await self._rotation.take_spare() or await self._new_connection(replacement=False)
@@ -443,21 +450,16 @@ class CredentialPool(_Pool[RecordT]):
     # -- managers
 
     def _manager_of(self, target: Target) -> TokenManager:
-        if self._shared is not None:
-            return self._shared
         if self._bindable is None:
-            return self._managers[None]
+            assert self._manager is not None  # noqa: S101
+            return self._manager
         manager = self._managers.get(target)
         if manager is None:
-            provider = self._bindable.bind(target)
-            manager = TokenManager(provider, on_event=(self._events, self._on_manager_event))
-            self._managers[target] = manager
+            manager = self._managers[target] = self._make_manager(self._bindable.bind(target))
         return manager
 
-    def _first_target(self) -> Target:
-        assert self._connector is not None  # noqa: S101
-        dsn = self._connect_args[0] if self._connect_args else None
-        return self._connector.route(dsn, self._connect_kwargs)[0].targets[0]
+    def _make_manager(self, source: CredentialProvider | CredentialFunction) -> TokenManager:
+        return TokenManager(source, on_event=(self._events, self._on_manager_event))
 
     def _on_manager_event(self, event: Event) -> None:
         if isinstance(event, CredentialRefreshed):
@@ -666,14 +668,15 @@ async def connect(
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain
     events = Observers(on_event)
-    built: list[TokenManager] = []
+    built: dict[Target, TokenManager] = {}
 
     def manager_of(target: Target) -> TokenManager:
         if isinstance(credentials, TokenManager):
             return credentials
-        source = credentials.bind(target) if isinstance(credentials, BindableProvider) else credentials
-        built.append(TokenManager(source, background=False, on_event=events))
-        return built[-1]
+        if target not in built:
+            source = credentials.bind(target) if isinstance(credentials, BindableProvider) else credentials
+            built[target] = TokenManager(source, background=False, on_event=events)
+        return built[target]
 
     connector = Connector(
         None,
@@ -686,10 +689,10 @@ async def connect(
     try:
         connection, _ = await connector.open(dsn, connect_kwargs)
     except BaseException:
-        await _close_managers(built)
+        await _close_managers(built.values())
         raise
     try:
-        await _close_managers(built)
+        await _close_managers(built.values())
     except BaseException:
         connection.terminate()
         raise
