@@ -197,10 +197,12 @@ class Connector:
         credential = stamp.credential
         if credential.user is not None:
             arguments = {**arguments, "user": credential.user}
+        stamp.hold()
         try:
             # A function, because asyncpg shows a plain string in Connection._params and in every LoggedQuery.
-            return await self._connect(dsn, **{**arguments, "password": lambda: credential.password})
+            connection = await self._connect(dsn, **{**arguments, "password": lambda: credential.password})
         except BaseException as error:
+            stamp.let_go()
             _forget_locals(error)
             if force_tls and isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
                 raise InsecureTransport(
@@ -208,6 +210,11 @@ class Connector:
                     "turn TLS on there, or pass require_tls=False if the network is trusted"
                 ) from error
             raise
+        if isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
+            connection.add_termination_listener(lambda _: stamp.let_go())
+        else:
+            stamp.let_go()  # asyncpg says what is wrong with it
+        return connection
 
     def _report(self, manager: TokenManager, stamp: Stamp, refusal: Exception, *, retrying: bool) -> None:
         self._observers(

@@ -18,8 +18,11 @@ __all__ = [
     "Event",
     "Observer",
     "RefreshFailed",
+    "RefreshTokenExpiring",
     "ReplacementFailed",
     "RetireReason",
+    "RevocationFailed",
+    "StorageFailed",
     "ThresholdReduced",
     "log_event",
 ]
@@ -86,7 +89,7 @@ class RefreshFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialInvalidated(Event):
-    """The current credential was reported as refused and is being fetched anew.
+    """The current credential was reported as refused; it is not handed out until the source was asked again.
 
     Args:
         provider: Name of the source.
@@ -116,6 +119,49 @@ class ThresholdReduced(Event):
     requested: float
     used: float
     lifetime: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageFailed(Event):
+    """A token storage did not do what it was asked; what is in memory goes on being used.
+
+    Args:
+        provider: Name of the source.
+        action: What was asked of the storage.
+        error: What went wrong, and what hangs on it.
+    """
+
+    provider: str
+    action: Literal["load", "save", "lock"]
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefreshTokenExpiring(Event):
+    """The refresh token itself is about to expire, and only a new login helps.
+
+    Args:
+        provider: Name of the source.
+        expires_at: When the issuer will refuse it.
+        advice: What has to be done, and by whom.
+    """
+
+    provider: str
+    expires_at: datetime
+    advice: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevocationFailed(Event):
+    """A superseded credential that nobody uses any more could not be revoked; it lives until its own end.
+
+    Args:
+        provider: Name of the source.
+        error: What the source said, in our words.
+    """
+
+    provider: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,14 +230,22 @@ Observer: TypeAlias = Callable[[Event], None]
 def log_event(event: Event) -> None:
     """Log `event` to the logger ``asyncpool_creds``: the observer that is used where none is given.
 
-    Failures are warnings while something valid is served and errors once nothing is;
-    all else is at DEBUG. The event is attached to the record as ``record.event``.
+    Failures are warnings while something valid is served and errors once nothing is, or
+    if only memory keeps what a storage should; all else is at DEBUG. The event is attached
+    to the record as ``record.event``.
     """
     level = logging.DEBUG
     match event:
-        case RefreshFailed(still_valid=False):
+        case RefreshFailed(still_valid=False) | StorageFailed():
             level = logging.ERROR
-        case RefreshFailed() | ThresholdReduced() | CredentialRefused() | ReplacementFailed():
+        case (
+            RefreshFailed()
+            | RefreshTokenExpiring()
+            | ReplacementFailed()
+            | RevocationFailed()
+            | ThresholdReduced()
+            | CredentialRefused()
+        ):
             level = logging.WARNING
         case _:
             pass

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -29,6 +29,7 @@ from asyncpool_creds._events import (
     Observer,
     Observers,
     RefreshFailed,
+    RevocationFailed,
     ThresholdReduced,
 )
 from asyncpool_creds._provider import (
@@ -37,7 +38,11 @@ from asyncpool_creds._provider import (
     as_provider,
     ask,
     close_provider,
+    invalidate_at,
+    let_report,
     provider_name,
+    revoke_at,
+    session_lifetime_of,
 )
 
 __all__ = ["ManagerStats", "Stamp", "TokenManager"]
@@ -64,10 +69,13 @@ class Stamp:
 
     __slots__ = (
         "__weakref__",
+        "_connections",
         "_expires",
+        "_is_lent",
         "_mono",
         "_refresh",
         "_refused",
+        "_unused",
         "_usable",
         "_wall",
         "credential",
@@ -76,13 +84,13 @@ class Stamp:
         "obtained_at",
     )
 
-    def __init__(
-        self, credential: Credential, generation: int, plan: _policy.RefreshPlan, wall: float, mono: float
-    ) -> None:
+    def __init__(self, generation: int, unused: Callable[[Stamp], None]) -> None:
         self.generation: int = generation
         self.is_superseded: bool = False
         self._refused = False
-        self._renew(credential, plan, wall, mono)
+        self._connections = 0
+        self._is_lent = False  # to somebody who does not say when he is done
+        self._unused = unused
 
     def _renew(self, credential: Credential, plan: _policy.RefreshPlan, wall: float, mono: float) -> None:
         self.credential: Credential = credential
@@ -127,6 +135,16 @@ class Stamp:
         That is its expiry, or nine tenths of its life if the server ends its sessions with it.
         """
         return self._expires - self._age(clock)
+
+    def hold(self) -> None:
+        """Count a connection that is being opened with it."""
+        self._connections += 1
+
+    def let_go(self) -> None:
+        """Count a connection as gone."""
+        self._connections -= 1
+        if self._connections == 0:
+            self._unused(self)
 
     def __repr__(self) -> str:
         return f"<Stamp generation={self.generation} {self.credential!r}>"
@@ -228,8 +246,10 @@ class TokenManager:
         self._fetching: anyio.CancelScope | None = None
         self._waiters: set[asyncio.Future[ProviderError | None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._revocations: set[asyncio.Task[None]] = set()
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
+        let_report(self._provider, self._observers)
         _fork.watch(self)
 
     # -- what callers use
@@ -258,7 +278,15 @@ class TokenManager:
         stamp = self._stamp
         if stamp is None or stamp.is_stale(self._clock) or self._loop is not asyncio.get_running_loop() or self._closed:
             stamp = await self.stamp()
+        stamp._is_lent = True
         return stamp.credential
+
+    async def __call__(self) -> str:
+        """Return the password that `get` returns: for whoever takes a function as one.
+
+        ``asyncpg.create_pool(password=manager)`` is one; SQLAlchemy's ``connect_args`` are another.
+        """
+        return (await self.get()).password
 
     async def stamp(self) -> Stamp:
         """Return what `get` returns, with its generation and deadlines: what a pool marks a connection with."""
@@ -300,6 +328,7 @@ class TokenManager:
         stamp = self._stamp
         if stamp is None or not (stamp.is_usable(self._clock) or self._is_all_there_is(stamp)):
             return None
+        stamp._is_lent = True
         return stamp.credential
 
     async def refresh(self) -> Credential:
@@ -335,6 +364,7 @@ class TokenManager:
         self._invalidations = self._invalidations + 1 if in_a_row else 1
         self._invalidation_hold = now + _policy.invalidation_hold(self._invalidations)
         stamp._refused = True
+        invalidate_at(self._provider, stamp.credential)
         self._emit(
             CredentialInvalidated(
                 at=self._now(),
@@ -352,6 +382,11 @@ class TokenManager:
     def background(self) -> bool:
         """Whether it refreshes, and lets pools replace connections, between calls."""
         return self._background
+
+    @property
+    def session_lifetime(self) -> float | None:
+        """Seconds after which the server ends any session, as far as the provider knows."""
+        return session_lifetime_of(self._provider)
 
     @property
     def clock(self) -> Clock:
@@ -506,7 +541,11 @@ class TokenManager:
                 stamp.is_superseded = True
                 self._rotations += 1
             self._generation += 1
-            self._stamp = stamp = Stamp(credential, self._generation, plan, wall, mono)
+            superseded = stamp
+            self._stamp = stamp = Stamp(self._generation, self._revoke_if_unused)
+            stamp._renew(credential, plan, wall, mono)
+            if superseded is not None:
+                self._revoke_if_unused(superseded)
             self._not_before = -math.inf
             self._warn_of_cuts(plan)
         self._emit(
@@ -553,6 +592,26 @@ class TokenManager:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(error)
+
+    # -- the end of what is superseded
+
+    def _revoke_if_unused(self, stamp: Stamp) -> None:
+        if not stamp.is_superseded or stamp._connections or stamp._is_lent or self._closed or self._loop is None:
+            return
+        revocation = revoke_at(self._provider, stamp.credential)
+        if revocation is not None:
+            stamp._is_lent = True  # once is enough
+            task = self._loop.create_task(self._revoke(revocation), name=f"asyncpool_creds: revoke at {self._name}")
+            self._revocations.add(task)
+            task.add_done_callback(self._revocations.discard)
+
+    async def _revoke(self, revocation: Coroutine[None, None, None]) -> None:
+        try:
+            await revocation
+        except ProviderError as error:
+            self._emit(RevocationFailed(at=self._now(), provider=self._name, error=str(error)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the credential ends by itself
+            self._emit(RevocationFailed(at=self._now(), provider=self._name, error=type(error).__name__))
 
     # -- the timer
 
@@ -612,14 +671,16 @@ class TokenManager:
         """Forget a loop that is gone: closed, or the parent's after a fork. The credential stays."""
         # Its task and timer are kept, because a pending task that is collected complains, and closing it
         # would run the provider's clean-up, in a child on the parent's sockets.
-        _left_behind.append((self._flight, self._timer, self._closing, self._waiters))
+        _left_behind.append((self._flight, self._timer, self._closing, self._waiters, self._revocations))
         self._loop = self._flight = self._timer = self._closing = None
-        self._waiters = set()
+        self._waiters, self._revocations = set(), set()
 
     async def _shut_down(self) -> None:
         if self._flight is not None and self._fetching is not None:
             self._fetching.cancel()  # of this flight: its task took its first step before this one
             await asyncio.wait((self._flight,))
+        if self._revocations:
+            await asyncio.wait(tuple(self._revocations))
         try:
             await close_provider(self._provider)
         except asyncio.CancelledError as error:

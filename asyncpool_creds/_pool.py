@@ -223,6 +223,8 @@ class CredentialPool(_Pool[RecordT]):
             self._manager = self._manager_of(target)
         else:
             self._manager = self._managers[None] = self._make_manager(credentials)
+        if self._max_lifetime is None and (lifetime := self._manager.session_lifetime) is not None:
+            self._max_lifetime = _policy.parse_seconds("session_lifetime", lifetime)
 
     # -- beyond asyncpg's pool
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from asyncpool_creds._clock import Clock
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
+from asyncpool_creds._events import Observer
 
 __all__ = [
     "BindableProvider",
@@ -20,7 +21,11 @@ __all__ = [
     "as_provider",
     "ask",
     "close_provider",
+    "invalidate_at",
+    "let_report",
     "provider_name",
+    "revoke_at",
+    "session_lifetime_of",
 ]
 
 CredentialFunction: TypeAlias = Callable[[], "Credential | str | Awaitable[Credential | str]"]
@@ -30,10 +35,22 @@ CredentialFunction: TypeAlias = Callable[[], "Credential | str | Awaitable[Crede
 class CredentialProvider(Protocol):
     """A source of credentials.
 
-    A provider may also have ``async def aclose(self) -> None``; the manager that uses it
-    calls it once, when it closes. It need not cache, retry or coordinate callers: the
-    manager does, and calls `fetch` from one task at a time. It must let cancellation
-    through: that is how a fetch that takes too long, or is no longer wanted, is ended.
+    It need not cache, retry or coordinate callers: the manager does, and calls `fetch` from
+    one task at a time. It must let cancellation through: that is how a fetch that takes too
+    long, or is no longer wanted, is ended.
+
+    A provider may also have any of these, and its manager then uses them:
+
+    - ``async def aclose(self) -> None``: release everything. Called once, when the manager closes.
+    - ``def invalidate(self, credential: Credential) -> None``: a server refused this credential.
+      The next `fetch` should not give the same one again if another can be had.
+    - ``async def revoke(self, credential: Credential) -> None``: this credential is superseded,
+      and no connection that was opened with it is left. Not called for one that was handed out by
+      `TokenManager.get`, since nobody knows where it went. An error is an event, and no more.
+    - ``def report_to(self, observer: Observer) -> None``: where to send events of its own. Called
+      once, before anything else.
+    - ``session_lifetime: float | None``: seconds after which the server ends any session; a pool
+      takes it for its ``max_lifetime`` where it was given none.
     """
 
     async def fetch(self) -> Credential:
@@ -149,6 +166,32 @@ async def ask(provider: CredentialProvider) -> Credential:
             retryable=False,
         )
     return credential
+
+
+def invalidate_at(provider: CredentialProvider, credential: Credential) -> None:
+    """Call the provider's ``invalidate``, if it has one."""
+    invalidate = getattr(provider, "invalidate", None)
+    if invalidate is not None:
+        invalidate(credential)
+
+
+def revoke_at(provider: CredentialProvider, credential: Credential) -> Coroutine[None, None, None] | None:
+    """Return the call of the provider's ``revoke``, if it has one."""
+    revoke = getattr(provider, "revoke", None)
+    return None if revoke is None else revoke(credential)
+
+
+def let_report(provider: CredentialProvider, observer: Observer) -> None:
+    """Call the provider's ``report_to``, if it has one."""
+    report_to = getattr(provider, "report_to", None)
+    if report_to is not None:
+        report_to(observer)
+
+
+def session_lifetime_of(provider: CredentialProvider | BindableProvider) -> float | None:
+    """Return the provider's ``session_lifetime``, if it has one."""
+    lifetime: float | None = getattr(provider, "session_lifetime", None)
+    return lifetime
 
 
 async def close_provider(provider: CredentialProvider) -> None:

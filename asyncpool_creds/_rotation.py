@@ -27,6 +27,9 @@ RetireWhen: TypeAlias = Literal["expired", "rotated", "never"]
 _WATCH_INTERVAL: Final = 60.0
 # A rounding error before the moment, a timer that is due at once would come round at once for ever.
 _TIMER_GRAIN: Final = 0.001
+# A connect that is cancelled while the server's answer about TLS arrives ends in an InvalidStateError in asyncpg's
+# protocol (0.30 to 0.32), for the loop's exception handler; so a close gives a quick one the time to finish.
+_CONNECT_GRACE: Final = 0.5
 
 
 class Session:
@@ -153,6 +156,7 @@ class Rotation:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._running = False
+        self._is_opening = False
         self._has_hooks = has_hooks
         self.calm = Calm(clock)
         self.epoch = 0
@@ -241,6 +245,9 @@ class Rotation:
 
     async def stop(self) -> None:
         """Replace nothing any more; wait for what is under way to be undone."""
+        self._running = False
+        if self._task is not None and self._is_opening:
+            await asyncio.wait((self._task,), timeout=_CONNECT_GRACE)
         self.abandon()
         if self._task is not None:
             await asyncio.wait((self._task,))
@@ -262,14 +269,22 @@ class Rotation:
     async def _run(self) -> None:
         attempt = 0
         self._one_for_one, self._room = False, None
-        while pending := self._pending():
+        while self._running and (pending := self._pending()):
             started = self._loop.time()
+            self._is_opening = True
             try:
                 spare = await (self._open_in_place(pending) if self._one_for_one else self._host.open_replacement())
             except Exception as error:  # noqa: BLE001 - every failure means: the old ones serve on
-                attempt += 1
-                await self._wait_after(error, attempt, pending)
+                if self._running:
+                    attempt += 1
+                    await self._wait_after(error, attempt, pending)
                 continue
+            finally:
+                self._is_opening = False
+            if not self._running:
+                if spare is not None:
+                    spare.terminate()  # nothing was done on it that a goodbye could lose
+                return
             if spare is None:
                 self._room_wanted = True
                 await self._wait(min((left for left, _, _ in pending if left > 0), default=math.inf))

@@ -1,47 +1,107 @@
-"""Where refresh tokens are kept, so that one that is good only once is never used twice."""
+"""Where tokens are kept, so that one that is good only once is never used twice and a fleet can share what it has."""
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, Self, cast, runtime_checkable
 
+from asyncpool_creds._credential import Credential
 from asyncpool_creds.storage.memory import MemoryStorage
 
 __all__ = ["MemoryStorage", "StoredTokens", "TokenStorage"]
 
+_FORMAT: Final = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTokens:
-    """What is kept between two fetches; the secret is never part of ``repr``.
+    """What is kept between two fetches; no secret is part of ``repr``.
 
     Args:
-        refresh_token: The refresh token to use next. None: the last one is spent and its
-            successor was lost, so that only a new login helps.
-        expires_at: Aware datetime from which the issuer refuses it; None: not known.
+        refresh_token: The refresh token to use next. None: there is none, or the last one is
+            spent and its successor was lost.
+        expires_at: Aware datetime from which the issuer refuses the refresh token; None: not known.
+        credential: What came with it, for others who share the storage.
+        is_being_spent: Set before a refresh token that may be good once only is sent. Where it is still
+            set later, whoever sent it has died, and whether the issuer has seen the token is not known.
+        is_reusable: The issuer was seen to leave the refresh token as it is.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The token is empty, or the datetime is naive.
     """
 
-    refresh_token: str | None = field(repr=False)
+    refresh_token: str | None = field(default=None, repr=False)
     expires_at: datetime | None = None
+    credential: Credential | None = None
+    is_being_spent: bool = False
+    is_reusable: bool = False
 
     def __post_init__(self) -> None:
-        token, expires_at = self.refresh_token, self.expires_at
+        token, credential = self.refresh_token, self.credential
         if token is not None and not isinstance(token, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"StoredTokens: refresh_token must be a str or None, not {type(token).__name__}")
         if token == "":
             raise ValueError("StoredTokens: refresh_token is empty; None says that there is none")
-        if expires_at is None:
-            return
-        if not isinstance(expires_at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"StoredTokens: expires_at must be a datetime or None, not {type(expires_at).__name__}")
-        if expires_at.utcoffset() is None:
-            raise ValueError("StoredTokens: expires_at is naive; give it a time zone, as in datetime.now(timezone.utc)")
-        object.__setattr__(self, "expires_at", expires_at.astimezone(UTC))
+        if credential is not None and not isinstance(credential, Credential):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"StoredTokens: credential must be a Credential or None, not {type(credential).__name__}")
+        object.__setattr__(self, "expires_at", _aware_utc(self.expires_at))
+
+    def to_json(self) -> str:
+        """Return everything, secrets included, for a storage to write down."""
+        document: dict[str, object] = {
+            "format": _FORMAT,
+            "refresh_token": self.refresh_token,
+            "expires_at": _to_text(self.expires_at),
+            "is_being_spent": self.is_being_spent,
+            "is_reusable": self.is_reusable,
+        }
+        if (credential := self.credential) is not None:
+            document["credential"] = {
+                "password": credential.password,
+                "user": credential.user,
+                "expires_at": _to_text(credential.expires_at),
+                "refresh_at": _to_text(credential.refresh_at),
+                "ends_session": credential.ends_session,
+                "version": credential.version,
+            }
+        return json.dumps(document)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Return what `to_json` wrote; members it does not know are left out.
+
+        Raises:
+            ValueError: It is not what `to_json` wrote. What it is, is not told: it may be a secret.
+        """
+        tokens = cls._read(text)
+        if tokens is None:
+            raise ValueError(
+                "these are no stored tokens, or damaged ones, or those of a later version of asyncpool_creds; "
+                "delete them, and log in again"
+            )
+        return tokens
+
+    @classmethod
+    def _read(cls, text: str | bytes) -> Self | None:
+        # The exceptions quote what they were given, so none gets out of here.
+        try:
+            document = _members(json.loads(text))
+            if document["format"] != _FORMAT:
+                return None
+            credential = document.get("credential")
+            return cls(
+                refresh_token=cast("str | None", document["refresh_token"]),
+                expires_at=_from_text(document["expires_at"]),
+                credential=None if credential is None else _credential(_members(credential)),
+                is_being_spent=document["is_being_spent"] is True,
+                is_reusable=document["is_reusable"] is True,
+            )
+        except (KeyError, TypeError, ValueError, RecursionError):
+            return None
 
 
 @runtime_checkable
@@ -58,11 +118,19 @@ class TokenStorage(Protocol):
     """
 
     async def load(self, key: str) -> StoredTokens | None:
-        """Return what was saved last under `key`; None: nothing ever was."""
+        """Return what was saved last under `key`; None: nothing is there."""
         ...
 
     async def save(self, key: str, tokens: StoredTokens) -> None:
         """Keep `tokens` in place of what was there; on return they are safe."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Forget what was saved under `key`; that nothing was is no error."""
+        ...
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        """Return the keys that something is saved under and that begin with `prefix`, sorted."""
         ...
 
     def lock(self, key: str) -> AbstractAsyncContextManager[None]:
@@ -71,3 +139,38 @@ class TokenStorage(Protocol):
         It is not reentrant. Cancelling one who waits for it takes nothing from the others.
         """
         ...
+
+
+def _aware_utc(expires_at: datetime | None) -> datetime | None:
+    if expires_at is None:
+        return None
+    if not isinstance(expires_at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"StoredTokens: expires_at must be a datetime or None, not {type(expires_at).__name__}")
+    if expires_at.utcoffset() is None:
+        raise ValueError("StoredTokens: expires_at is naive; give it a time zone, as in datetime.now(timezone.utc)")
+    return expires_at.astimezone(UTC)
+
+
+def _credential(document: dict[str, object]) -> Credential:
+    return Credential(
+        cast("str", document["password"]),
+        user=cast("str | None", document["user"]),
+        expires_at=_from_text(document["expires_at"]),
+        refresh_at=_from_text(document["refresh_at"]),
+        ends_session=document["ends_session"] is True,
+        version=cast("str | None", document["version"]),
+    )
+
+
+def _members(document: object) -> dict[str, object]:
+    if not isinstance(document, dict):
+        raise TypeError
+    return cast("dict[str, object]", document)
+
+
+def _to_text(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()
+
+
+def _from_text(text: object) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(cast("str", text))

@@ -39,6 +39,16 @@ class MemoryStorage:
         self._forget_if_forked()
         self._tokens[key] = tokens
 
+    async def delete(self, key: str) -> None:
+        """Forget what was saved under `key`."""
+        self._forget_if_forked()
+        self._tokens.pop(key, None)
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        """Return the keys that something is saved under and that begin with `prefix`, sorted."""
+        self._forget_if_forked()
+        return sorted(key for key in self._tokens if key.startswith(prefix))
+
     @asynccontextmanager
     async def lock(self, key: str) -> AsyncGenerator[None]:
         """Hold the lock of `key`."""

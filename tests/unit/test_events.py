@@ -14,7 +14,10 @@ from asyncpool_creds import (
     CredentialRefused,
     Event,
     RefreshFailed,
+    RefreshTokenExpiring,
     ReplacementFailed,
+    RevocationFailed,
+    StorageFailed,
     ThresholdReduced,
     log_event,
 )
@@ -44,6 +47,9 @@ REFUSED = CredentialRefused(at=NOON, fingerprint="0badcafe", generation=2, sqlst
 OPENED = ConnectionOpened(at=NOON, generation=2, replacement=False, duration=0.01)
 RETIRED = ConnectionRetired(at=NOON, generation=1, reason="rotated", age=12.0)
 NOT_REPLACED = ReplacementFailed(at=NOON, error="TooManyConnectionsError 53300", retry_in=1.0)
+EXPIRING = RefreshTokenExpiring(at=NOON, provider="OAuth2", expires_at=NOON, advice="log in again")
+NOT_STORED = StorageFailed(at=NOON, provider="OAuth2", action="save", error="OSError")
+NOT_REVOKED = RevocationFailed(at=NOON, provider="Vault", error="sealed")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,9 @@ NOT_REPLACED = ReplacementFailed(at=NOON, error="TooManyConnectionsError 53300",
         (REDUCED, logging.WARNING),
         (REFUSED, logging.WARNING),
         (NOT_REPLACED, logging.WARNING),
+        (NOT_REVOKED, logging.WARNING),
+        (EXPIRING, logging.WARNING),
+        (NOT_STORED, logging.ERROR),
         (FAILED_FOR_ALL, logging.ERROR),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Event) else logging.getLevelName(value),
@@ -86,7 +95,13 @@ def test_nothing_is_formatted_for_a_log_that_is_off(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("event", [REFRESHED, FAILED, INVALIDATED, REDUCED, REFUSED, OPENED, RETIRED, NOT_REPLACED])
+@pytest.mark.parametrize(
+    "event",
+    [
+        *(REFRESHED, FAILED, INVALIDATED, REDUCED, REFUSED, OPENED, RETIRED, NOT_REPLACED),
+        *(EXPIRING, NOT_STORED, NOT_REVOKED),
+    ],
+)
 def test_an_event_cannot_be_changed(event):
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.at = NOON

@@ -37,9 +37,12 @@ from asyncpool_creds import (
     ProviderError,
     ProviderTimeout,
     RefreshFailed,
+    RefreshTokenExpiring,
     ReplacementFailed,
     RetireReason,
+    RevocationFailed,
     Stamp,
+    StorageFailed,
     Target,
     ThresholdReduced,
     TokenManager,
@@ -136,6 +139,12 @@ def observe(event: Event) -> None:
             assert_type(reason, RetireReason)
         case ReplacementFailed():
             assert_type(event.error, str)
+        case StorageFailed():
+            assert_type(event.action, Literal["load", "save", "lock"])
+        case RefreshTokenExpiring():
+            assert_type(event.expires_at, datetime)
+        case RevocationFailed():
+            assert_type(event.provider, str)
         case _:
             log_event(event)
 
