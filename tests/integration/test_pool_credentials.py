@@ -559,3 +559,61 @@ async def test_a_failing_source_is_asked_once_for_many_waiting_acquires(cloud):
 
     assert [type(outcome) for outcome in outcomes] == [CredentialExpired] * 20
     assert (cloud.provider.calls, cloud.door.attempts) == (1, 0)
+
+
+# What a source may have beside fetch.
+
+
+class Leases:
+    """A source that knows how long sessions last, and revokes what is superseded."""
+
+    session_lifetime: float | None = 100.0
+
+    def __init__(self, cloud):
+        self._cloud = cloud
+        self.revoked = []
+        self.live_at_revocation = []
+
+    async def fetch(self):
+        return await self._cloud.provider.fetch()
+
+    async def revoke(self, credential):
+        self.live_at_revocation.append(self._cloud.door.live)
+        self.revoked.append(self._cloud.provider.credentials.index(credential) + 1)
+
+
+async def test_a_superseded_credential_is_revoked_once_its_last_connection_is_closed(cloud):
+    source = Leases(cloud)
+    async with cloud.pool(credentials=cloud.manager(source), max_size=2, retire_when="rotated") as pool:
+        await pool.fetchval("SELECT 1")
+        async with pool.acquire() as held:
+            pool.manager.invalidate(cloud.provider.credentials[0])
+            await pool.manager.stamp()
+            await cloud.until(lambda: pool.stats().by_generation.get(2) == 1)
+            assert source.revoked == []
+            assert await held.fetchval("SELECT 1") == 1
+        await cloud.until(lambda: source.revoked == [1])
+
+        assert pool.stats().by_generation == {2: 2}
+
+
+async def test_the_end_of_sessions_that_a_source_knows_of_is_the_pools_max_lifetime(cloud):
+    source = Leases(cloud)
+    async with cloud.pool(credentials=cloud.manager(source), max_size=1) as pool:
+        (connection,) = pool.stats().connections
+        assert 95 < connection.seconds_left <= 100
+
+
+async def test_a_max_lifetime_that_was_given_comes_before_what_the_source_knows(cloud):
+    source = Leases(cloud)
+    async with cloud.pool(credentials=cloud.manager(source), max_size=1, max_lifetime=10) as pool:
+        (connection,) = pool.stats().connections
+        assert connection.seconds_left <= 10
+
+
+async def test_a_session_lifetime_that_is_no_duration_is_refused_by_name(cloud):
+    source = Leases(cloud)
+    source.session_lifetime = -1
+
+    with pytest.raises(ValueError, match="session_lifetime"):
+        cloud.pool(credentials=cloud.manager(source))
