@@ -25,6 +25,7 @@ class StoredTokens:
             spent and its successor was lost.
         expires_at: Aware datetime from which the issuer refuses the refresh token; None: not known.
         credential: What came with it, for others who share the storage.
+        obtained_at: Aware datetime at which the request for it began.
         is_being_spent: Set before a refresh token that may be good once only is sent. Where it is still
             set later, whoever sent it has died, and whether the issuer has seen the token is not known.
         is_reusable: The issuer was seen to leave the refresh token as it is.
@@ -37,6 +38,7 @@ class StoredTokens:
     refresh_token: str | None = field(default=None, repr=False)
     expires_at: datetime | None = None
     credential: Credential | None = None
+    obtained_at: datetime | None = None
     is_being_spent: bool = False
     is_reusable: bool = False
 
@@ -48,7 +50,8 @@ class StoredTokens:
             raise ValueError("StoredTokens: refresh_token is empty; None says that there is none")
         if credential is not None and not isinstance(credential, Credential):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"StoredTokens: credential must be a Credential or None, not {type(credential).__name__}")
-        object.__setattr__(self, "expires_at", _aware_utc(self.expires_at))
+        for name in ("expires_at", "obtained_at"):
+            object.__setattr__(self, name, _aware_utc(name, getattr(self, name)))
 
     def to_json(self) -> str:
         """Return everything, secrets included, for a storage to write down."""
@@ -56,6 +59,7 @@ class StoredTokens:
             "format": _FORMAT,
             "refresh_token": self.refresh_token,
             "expires_at": _to_text(self.expires_at),
+            "obtained_at": _to_text(self.obtained_at),
             "is_being_spent": self.is_being_spent,
             "is_reusable": self.is_reusable,
         }
@@ -97,6 +101,7 @@ class StoredTokens:
                 refresh_token=cast("str | None", document["refresh_token"]),
                 expires_at=_from_text(document["expires_at"]),
                 credential=None if credential is None else _credential(_members(credential)),
+                obtained_at=_from_text(document["obtained_at"]),
                 is_being_spent=document["is_being_spent"] is True,
                 is_reusable=document["is_reusable"] is True,
             )
@@ -141,14 +146,14 @@ class TokenStorage(Protocol):
         ...
 
 
-def _aware_utc(expires_at: datetime | None) -> datetime | None:
-    if expires_at is None:
+def _aware_utc(name: str, moment: datetime | None) -> datetime | None:
+    if moment is None:
         return None
-    if not isinstance(expires_at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"StoredTokens: expires_at must be a datetime or None, not {type(expires_at).__name__}")
-    if expires_at.utcoffset() is None:
-        raise ValueError("StoredTokens: expires_at is naive; give it a time zone, as in datetime.now(timezone.utc)")
-    return expires_at.astimezone(UTC)
+    if not isinstance(moment, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"StoredTokens: {name} must be a datetime or None, not {type(moment).__name__}")
+    if moment.utcoffset() is None:
+        raise ValueError(f"StoredTokens: {name} is naive; give it a time zone, as in datetime.now(timezone.utc)")
+    return moment.astimezone(UTC)
 
 
 def _credential(document: dict[str, object]) -> Credential:

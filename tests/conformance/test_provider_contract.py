@@ -1,107 +1,22 @@
-"""What holds for every source of credentials; a new provider adds a case here."""
+"""What holds for every source of credentials; a new one adds its case to tests/provider_cases."""
 
 from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from typing import TypeAlias
 
 import pytest
-from support import assert_no_secret, secret
+from provider_cases import Case, Source, all_cases
+from support import assert_no_secret
 
-from asyncpool_creds import (
-    Credential,
-    CredentialFunction,
-    CredentialProvider,
-    ProviderError,
-    TokenManager,
-)
-from asyncpool_creds.providers.oauth2 import OAuth2
-from asyncpool_creds.testing import ScriptedProvider
-from asyncpool_creds.testing.issuer import TokenIssuer
+from asyncpool_creds import Credential, CredentialProvider, ProviderError, TokenManager
+from asyncpool_creds._provider import close_provider
 
 pytestmark = pytest.mark.anyio
 
-Source: TypeAlias = CredentialProvider | CredentialFunction
-
-
-@dataclass
-class Case:
-    """A source and what can be done to it."""
-
-    source: Source
-    fail: Callable[[], Awaitable[None]]
-    hang: Callable[[], None]
-    hangs: Callable[[], Awaitable[None]]
-    heal: Callable[[], Awaitable[None]]
-
-
-@asynccontextmanager
-async def function_case() -> AsyncIterator[Case]:
-    answer = "good"
-    hanging = asyncio.Event()
-
-    async def source() -> Credential:
-        if answer == "bad":
-            raise ConnectionError("down")
-        if answer == "hang":
-            hanging.set()
-            await asyncio.Event().wait()
-        return Credential(secret(), expires_at=datetime.now(UTC) + timedelta(minutes=5))
-
-    def become(what: str) -> None:
-        nonlocal answer
-        answer = what
-
-    async def fail() -> None:
-        become("bad")
-
-    async def heal() -> None:
-        become("good")
-
-    async def hangs() -> None:
-        await hanging.wait()
-
-    yield Case(source, fail, lambda: become("hang"), hangs, heal)
-
-
-@asynccontextmanager
-async def scripted_case() -> AsyncIterator[Case]:
-    source = ScriptedProvider(300, prefix=secret())
-
-    async def fail() -> None:
-        source.play(ConnectionError("down"))
-
-    async def heal() -> None:
-        source.play(300)
-
-    async def hangs() -> None:
-        while not source.in_flight:
-            await source.called(source.calls + 1)
-
-    yield Case(source, fail, lambda: source.play(ScriptedProvider.HANG), hangs, heal)
-
-
-@asynccontextmanager
-async def oauth2_case() -> AsyncIterator[Case]:
-    async with TokenIssuer({"ada": secret("ada")}, clients={"app": secret("app")}) as issuer:
-        source = OAuth2(
-            issuer.url, client_id="app", client_secret=secret("app"), username="ada", password=secret("ada"), user="ada"
-        )
-
-        async def heal() -> None:
-            issuer.heal()
-            await issuer.come_up()
-
-        yield Case(source, issuer.go_down, issuer.hang, issuer.reached, heal)
-        await source.aclose()
-
-
-CASES = {"function": function_case, "ScriptedProvider": scripted_case, "OAuth2": oauth2_case}
+CASES = all_cases()
 
 
 @pytest.fixture(params=CASES)
@@ -138,6 +53,9 @@ async def test_it_gives_a_credential_that_ends_in_aware_utc(case: Case) -> None:
         credential = await manager.get()
 
     assert isinstance(credential, Credential)
+    if case.lives_for_ever:
+        assert credential.expires_at is None
+        return
     assert credential.expires_at is not None
     assert credential.expires_at.tzinfo is UTC
     assert timedelta(minutes=4) < credential.expires_at - datetime.now(UTC) <= timedelta(minutes=5)
@@ -200,16 +118,15 @@ async def test_closing_twice_is_closing(case: Case) -> None:
 
     await manager.aclose()
     await manager.aclose()
-    aclose = getattr(case.source, "aclose", None)
-    if aclose is not None:
-        await aclose()
-        await aclose()
+    if isinstance(case.source, CredentialProvider):
+        await close_provider(case.source)
+        await close_provider(case.source)
 
 
 async def test_after_closing_it_works_or_says_what_is_wrong(provider_case: Case) -> None:
     provider = provider_of(provider_case)
     await provider.fetch()
-    await provider.aclose()  # type: ignore[attr-defined]
+    await close_provider(provider)
 
     try:
         answer: object = await provider.fetch()

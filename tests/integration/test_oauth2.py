@@ -23,7 +23,7 @@ import trustme
 from support import secret
 
 import asyncpool_creds
-from asyncpool_creds import CredentialProvider, ProviderError, ProviderTimeout
+from asyncpool_creds import CredentialProvider, ProviderError, ProviderTimeout, StorageFailed
 from asyncpool_creds.providers.oauth2 import OAuth2
 from asyncpool_creds.storage import MemoryStorage, StoredTokens
 from asyncpool_creds.testing.issuer import TokenIssuer
@@ -470,7 +470,7 @@ async def test_a_disabled_user_is_refused_for_good_and_let_in_when_enabled(make,
 
     assert not error.retryable
     assert "invalid_grant" in str(error)
-    assert "check username and password" in str(error)
+    assert "whether the user may still log in" in str(error)
     assert issuer.verify("ann", credential.password) is None
     assert issuer.replays == 0
 
@@ -780,25 +780,31 @@ async def test_a_new_refresh_token_is_stored_before_its_access_token_is_handed_o
         await provider.fetch()
         events.append("handed out")
 
-    assert events == ["stored", "handed out"] * 3
+    # A token that is good once is marked before it is sent.
+    marked = "stored"
+    assert events == ["stored", "handed out", *[marked, "stored", "handed out"] * 2]
 
 
-async def test_a_storage_that_fails_to_save_does_not_lose_the_token(make, issuer, caplog):
+async def test_a_storage_that_fails_to_save_does_not_lose_the_token(make, issuer, observer):
     storage = BrokenStorage()
     provider = make(**LOGIN, storage=storage)
+    provider.report_to(observer)
     await provider.fetch()
     storage.broken = True
     for _ in range(3):
         await provider.fetch()
-    complaints = [record for record in caplog.records if record.levelno == logging.ERROR]
+    complaints = observer.of(StorageFailed)
     storage.broken = False
 
-    await provider.fetch()
-    await make(**LOGIN, storage=storage).fetch()
+    newest = await provider.fetch()
+    shared = await make(**LOGIN, storage=storage).fetch()
 
-    assert len(complaints) == 3
-    assert issuer.requests == {"password": 1, "refresh_token": 5}
+    assert {(event.provider, event.action) for event in complaints} == {("oauth2", "save")}
+    assert all("disk full" in event.error and "in memory alone" in event.error for event in complaints)
+    assert len(complaints) == 6
+    assert issuer.requests == {"password": 1, "refresh_token": 4}
     assert issuer.replays == 0
+    assert shared.is_same_secret(newest)
 
 
 async def test_a_storage_that_has_moved_on_comes_before_what_could_not_be_saved(make, issuer):

@@ -1,0 +1,378 @@
+"""A login that is kept going: refresh tokens are exchanged under a lock, stored before use, and never sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
+
+import anyio
+
+from asyncpool_creds._errors import ProviderError
+from asyncpool_creds._events import Observer, RefreshTokenExpiring, StorageFailed, log_event
+from asyncpool_creds.providers._token_endpoint import Answer, Failure, refresh_token_in
+from asyncpool_creds.storage import StoredTokens, TokenStorage
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Task
+
+    from asyncpool_creds._clock import Clock
+    from asyncpool_creds._credential import Credential
+
+__all__ = ["Exchange", "Login"]
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("asyncpool_creds")
+
+_ANSWER_LOST: Final = "the issuer's answer to a refresh was lost, and with it the next refresh token"
+_FORKED: Final = "this process is a fork, and the refresh token is its parent's; make the provider after forking"
+_NONE_LEFT: Final = "there is no refresh token left"
+# Of another's credential, so much must be left that a manager would not refresh it at once: the smaller of the two.
+_ADOPTABLE: Final = timedelta(minutes=5)
+_ADOPTABLE_SHARE: Final = 5
+# A person has to see the warning, and to find the time.
+_WARN_BEFORE: Final = timedelta(days=3)
+# Two expiries that are closer than this are the same one, computed from two answers.
+_SAME_MOMENT: Final = timedelta(minutes=1)
+# Seconds between attempts to store what could not be stored.
+_FIRST_RETRY: Final = 1.0
+_LONGEST_RETRY: Final = 60.0
+# Seconds for the last attempt, when the provider closes.
+_LAST_RETRY: Final = 5.0
+
+
+class Login(Protocol):
+    """What an exchange asks of its provider; nothing here need worry about cancellation or other callers."""
+
+    async def prepare(self) -> None:
+        """Do what can be done before the lock is taken: discovery."""
+        ...
+
+    async def refresh(self, refresh_token: str) -> Answer | Failure:
+        """Spend a refresh token."""
+        ...
+
+    async def log_in(self) -> Answer | Failure:
+        """Log in anew, by whatever means there are."""
+        ...
+
+    def credential_in(self, answer: Answer) -> Credential | Failure:
+        """Return the credential that came with an answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsaved:
+    """Tokens that the storage would not take, and what it held then."""
+
+    tokens: StoredTokens
+    replaces: StoredTokens | None
+
+
+class Exchange:
+    """Gets credentials from one login, in a task of its own.
+
+    Every exchange is done under the lock of a storage. A credential that another who shares the storage has put there
+    is used instead of making an exchange, if it is news to this one and fresh. A refresh token that may be good only
+    once is marked before it is sent; where the mark is found later, whoever sent it has died, and it is not sent again.
+
+    Args:
+        source: Who asks, for messages.
+        login: How tokens are got.
+        can_log_in: Whether `login` can log in without a refresh token.
+        needs_a_person: Whether it takes a person to do so.
+        first: A refresh token to start with.
+        storage: Where tokens are kept.
+        key: Under which name.
+        clock: Where the time comes from.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        login: Login,
+        *,
+        can_log_in: bool,
+        needs_a_person: bool,
+        first: str | None,
+        storage: TokenStorage,
+        key: str,
+        clock: Clock,
+    ) -> None:
+        self._source: Final = source
+        self._login: Final = login
+        self._can_log_in: Final = can_log_in
+        self._needs_a_person: Final = needs_a_person
+        self._first: Final = first
+        self._storage: Final = storage
+        self._key: Final = key
+        self._clock: Final = clock
+        self._observer: Observer = log_event
+        self._birth_process: Final = os.getpid()
+        self._home: tuple[int, AbstractEventLoop] | None = None
+        self._flight: Task[Credential] | None = None
+        self._must_finish = False  # what the issuer has done, or may have done, is not stored yet
+        self._given: Credential | None = None
+        self._refused: Credential | None = None
+        self._stored: StoredTokens | None = None  # as last seen there
+        self._unsaved: _Unsaved | None = None
+        self._saving: Task[None] | None = None
+        self._warned_of: datetime | None = None
+
+    def report_to(self, observer: Observer) -> None:
+        """Send events to `observer`, and no longer to the log."""
+        self._observer = observer
+
+    def invalidate(self, credential: Credential) -> None:
+        """Do not adopt `credential` again from the storage."""
+        self._refused = credential
+
+    async def fetch(self) -> Credential:
+        """Return a credential: another's that is news, or one of an exchange made now.
+
+        Cancelling this does not cut an exchange short; the next call joins it.
+
+        Raises:
+            ProviderError: None was to be had.
+        """
+        home = (os.getpid(), asyncio.get_running_loop())
+        if self._home != home:
+            self._move_to(home)
+        flight = self._flight
+        if flight is None or flight.done():
+            flight = self._flight = asyncio.create_task(self._run(), name=f"asyncpool_creds.{self._source}.fetch")
+            flight.add_done_callback(_retrieve)
+        # Not awaited directly: our own cancellation must not reach the exchange.
+        await asyncio.wait((flight,))
+        if flight.cancelled():
+            raise ProviderError(f"{self._source}: the provider was closed while it was fetching")
+        return flight.result()
+
+    async def aclose(self) -> None:
+        """Finish the exchange of a refresh token, if one is going on, and store what is not stored yet."""
+        if self._home != (os.getpid(), asyncio.get_running_loop()):
+            return
+        flight, saving = self._flight, self._saving
+        if flight is not None and not flight.done():
+            if not self._must_finish:
+                flight.cancel()
+            await asyncio.wait((flight,))
+        if saving is not None and not saving.done():
+            saving.cancel()
+            await asyncio.wait((saving,))
+        if self._unsaved is not None:
+            with anyio.move_on_after(_LAST_RETRY):
+                await self._save_again()
+
+    def _move_to(self, home: tuple[int, AbstractEventLoop]) -> None:
+        # What belongs to another loop can be neither awaited nor cancelled from this one.
+        self._home, self._flight, self._saving, self._must_finish = home, None, None, False
+        if self._birth_process != home[0]:
+            self._unsaved = None
+
+    # -- in the task
+
+    async def _run(self) -> Credential:
+        await self._login.prepare()
+        try:
+            async with self._locked():
+                known = await self._known()
+                credential = self._adoptable(known)
+                if credential is None:
+                    try:
+                        credential = await self._exchange(known)
+                    finally:
+                        self._must_finish = False
+        except _StorageError as error:
+            # Without the lock, a refresh token that is good once might be sent twice.
+            if not self._can_log_in or self._needs_a_person:
+                raise ProviderError(
+                    f"{self._source}: the storage of the refresh token failed, and without it the token is not sent; "
+                    "see the cause"
+                ) from error.__cause__
+            credential = _or_throw(self._login.credential_in(_or_throw(await self._login.log_in())))
+        self._given = credential
+        return credential
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncGenerator[None]:
+        lock = self._storage.lock(self._key)
+        try:
+            await lock.__aenter__()
+        except Exception as error:
+            self._report_storage("lock", error)
+            raise _StorageError from error
+        try:
+            yield
+        finally:
+            try:
+                await lock.__aexit__(None, None, None)
+            except Exception as error:  # noqa: BLE001 - what was done under it is done
+                self._report_storage("lock", error)
+
+    async def _known(self) -> StoredTokens | None:
+        """Return the tokens to go on with: those stored, or newer ones that could not be stored."""
+        try:
+            stored = self._stored = await self._storage.load(self._key)
+        except Exception as error:
+            self._report_storage("load", error)
+            raise _StorageError from error
+        unsaved = self._unsaved
+        if unsaved is None:
+            return stored
+        if stored != unsaved.replaces:
+            # Another one who shares the storage has moved on.
+            self._unsaved = None
+            return stored
+        return unsaved.tokens
+
+    def _adoptable(self, known: StoredTokens | None) -> Credential | None:
+        """Return another's credential, if it is news and a manager would not refresh it at once."""
+        credential = None if known is None else known.credential
+        if known is None or credential is None:
+            return None
+        if any(ours is not None and ours.is_same_secret(credential) for ours in (self._given, self._refused)):
+            return None
+        if credential.expires_at is None:
+            return credential
+        left = credential.expires_at - self._now()
+        life = left if known.obtained_at is None else credential.expires_at - known.obtained_at
+        return credential if left > min(_ADOPTABLE, life / _ADOPTABLE_SHARE) else None
+
+    async def _exchange(self, known: StoredTokens | None) -> Credential:
+        if (token := self._to_spend(known)) is not None:
+            outcome = await self._spend(token, known)
+            if not isinstance(outcome, Failure):
+                return outcome
+            if not self._can_log_in and outcome.lost:
+                raise self._login_needed(_ANSWER_LOST) from outcome.error
+            if not self._can_log_in or not outcome.may_log_in_again:
+                outcome.throw()
+        elif not self._can_log_in:
+            raise self._login_needed(_FORKED if known is None else _ANSWER_LOST if known.is_being_spent else _NONE_LEFT)
+        answer = _or_throw(await self._login.log_in())
+        return _or_throw(await self._keep(answer, StoredTokens()))
+
+    def _to_spend(self, known: StoredTokens | None) -> str | None:
+        if known is None:
+            # A fork has the parent's first token, too: only one of the two may use it.
+            return self._first if self._birth_process == os.getpid() else None
+        if known.is_being_spent:
+            return None
+        if known.expires_at is not None and self._can_log_in and known.expires_at <= self._now():
+            return None
+        return known.refresh_token
+
+    async def _spend(self, token: str, known: StoredTokens | None) -> Credential | Failure:
+        held = StoredTokens(refresh_token=token) if known is None else known
+        self._must_finish = True
+        if not held.is_reusable:
+            await self._save(replace(held, is_being_spent=True))
+        answer = await self._login.refresh(token)
+        if isinstance(answer, Failure):
+            if not held.is_reusable and not answer.lost:
+                await self._save(held)
+            self._must_finish = False
+            return answer
+        return await self._keep(answer, held)
+
+    async def _keep(self, answer: Answer, held: StoredTokens) -> Credential | Failure:
+        """Store what came with `answer` in place of `held`, and return its credential."""
+        self._must_finish = True
+        tokens = refresh_token_in(answer)
+        if tokens is None or tokens.refresh_token == held.refresh_token:
+            # It was left as it is, so it will be good again.
+            expires_at = held.expires_at if tokens is None else tokens.expires_at
+            tokens = replace(
+                held, expires_at=expires_at, is_being_spent=False, is_reusable=held.refresh_token is not None
+            )
+        credential = self._login.credential_in(answer)
+        if isinstance(credential, Failure):
+            await self._save(replace(tokens, credential=None, obtained_at=None))
+            return credential
+        await self._save(replace(tokens, credential=credential, obtained_at=answer.requested_at))
+        self._warn(tokens, held, credential)
+        return credential
+
+    def _warn(self, tokens: StoredTokens, held: StoredTokens, credential: Credential) -> None:
+        """Report a refresh token that ends before a person may notice, and that refreshing does not prolong."""
+        end = tokens.expires_at
+        if end is None or end == self._warned_of or (self._can_log_in and not self._needs_a_person):
+            return
+        ends_before_use = credential.expires_at is not None and end <= credential.expires_at
+        is_prolonged = held.expires_at is None or end - held.expires_at > _SAME_MOMENT
+        if ends_before_use or (not is_prolonged and end - self._now() <= _WARN_BEFORE):
+            self._warned_of = end
+            advice = (
+                "somebody must log in again by then; the next fetch after it will ask for it"
+                if self._can_log_in
+                else "log in again by then, and pass the new refresh_token"
+            )
+            self._observer(RefreshTokenExpiring(at=self._now(), provider=self._source, expires_at=end, advice=advice))
+
+    # -- storing
+
+    async def _save(self, tokens: StoredTokens) -> None:
+        try:
+            await self._storage.save(self._key, tokens)
+        except Exception as error:  # noqa: BLE001 - the exchange cannot be undone: losing its result helps nobody
+            self._unsaved = _Unsaved(tokens, self._stored)
+            self._report_storage("save", error)
+            if self._saving is None or self._saving.done():
+                name = f"asyncpool_creds.{self._source}.save"
+                self._saving = asyncio.create_task(self._save_until_saved(), name=name)
+        else:
+            self._stored, self._unsaved = tokens, None
+
+    async def _save_until_saved(self) -> None:
+        delay = _FIRST_RETRY
+        while self._unsaved is not None:
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LONGEST_RETRY)
+            await self._save_again()
+
+    async def _save_again(self) -> None:
+        try:
+            async with self._locked():
+                await self._known()
+                if self._unsaved is not None:
+                    await self._save(self._unsaved.tokens)
+        except _StorageError:
+            _logger.debug("%s: what could not be stored is kept in memory for now", self._source)
+
+    def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception) -> None:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
+        told = f"{what}; the newest refresh token is in memory alone" if action == "save" else what
+        self._observer(StorageFailed(at=self._now(), provider=self._source, action=action, error=told))
+
+    # -- small change
+
+    def _login_needed(self, reason: str) -> ProviderError:
+        return ProviderError(
+            f"{self._source}: {reason}. A new login is needed: pass its refresh_token", retryable=False
+        )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.time(), UTC)
+
+
+class _StorageError(Exception):
+    """The storage could not be locked or read; it has been reported, and is the cause."""
+
+
+def _or_throw(outcome: T | Failure) -> T:
+    if isinstance(outcome, Failure):
+        outcome.throw()
+    return outcome
+
+
+def _retrieve(flight: Task[Credential]) -> None:
+    # The one who would have seen the error may have been cancelled.
+    if not flight.cancelled():
+        flight.exception()

@@ -1,0 +1,93 @@
+"""What holds the event loop up: every step of a refresh is timed, and of every task that a refresh starts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import resource
+import time
+from collections.abc import Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+# What a step may take before other tasks feel it.
+LIMIT = 0.010
+_REFRESH = "TokenManager._fly"  # a factory is not told the name of the task before CPython 3.13
+_is_watched: contextvars.ContextVar[bool] = contextvars.ContextVar("is_watched", default=False)
+
+
+@dataclass
+class LagProbe:
+    """The steps that were measured.
+
+    A step counts as blocking if it computes for longer than the limit, or if it takes longer than the limit and the
+    thread went to sleep in it. Being put aside by the machine for the sake of other processes is neither.
+
+    Attributes:
+        steps: How many were measured.
+        blocking: The coroutine, the seconds of processor time and the seconds in all, of each that blocked.
+    """
+
+    steps: int = 0
+    blocking: list[tuple[str, float, float]] = field(default_factory=list)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure the refreshes of every token manager in the running loop."""
+        loop = asyncio.get_running_loop()
+        before = loop.get_task_factory()
+
+        def make(loop: asyncio.AbstractEventLoop, coroutine: Any, **keywords: Any) -> asyncio.Future[Any]:
+            name = str(getattr(coroutine, "__qualname__", type(coroutine).__qualname__))
+            context = keywords.get("context")
+            if name == _REFRESH and context is not None:
+                context.run(_is_watched.set, True)
+            elif not (_is_watched.get() if context is None else context.get(_is_watched, False)):
+                return asyncio.Task(coroutine, loop=loop, **keywords)
+            return asyncio.Task(_Timed(coroutine, self, name), loop=loop, **keywords)
+
+        loop.set_task_factory(make)
+        try:
+            yield
+        finally:
+            loop.set_task_factory(before)
+
+
+class _Timed(Coroutine[Any, Any, Any]):
+    """A coroutine whose steps are timed."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], probe: LagProbe, name: str) -> None:
+        self._coroutine = coroutine
+        self._probe = probe
+        self._name = name
+
+    def send(self, value: Any) -> Any:
+        with self._measured():
+            return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._measured():
+            return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        wall, cpu, sleeps = time.perf_counter(), time.thread_time(), _sleeps()
+        try:
+            yield
+        finally:
+            wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+            self._probe.steps += 1
+            if cpu > LIMIT or (wall > LIMIT and _sleeps() > sleeps):
+                self._probe.blocking.append((self._name, cpu, wall))
+
+
+def _sleeps() -> int:
+    """Return how often this thread has gone to sleep of its own accord (getrusage(2), Linux)."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
