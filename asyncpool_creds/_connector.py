@@ -63,7 +63,7 @@ def check_arguments(require_tls: object, is_refusal: object) -> None:
         TypeError: `is_refusal` is no function.
         ValueError: `require_tls` is neither None nor a bool.
     """
-    if require_tls not in (None, True, False):
+    if require_tls is not None and not isinstance(require_tls, bool):
         raise ValueError(f"require_tls must be None, True or False, not {require_tls!r}")
     if not callable(is_refusal):
         raise TypeError(f"is_refusal must be a function that takes an exception, not {type(is_refusal).__name__}")

@@ -306,7 +306,7 @@ class _Subscription:
 def _check(callback: object) -> None:
     if not callable(callback):
         raise _not_an_observer(callback)
-    if inspect.iscoroutinefunction(callback):
+    if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(type(callback).__call__):
         raise TypeError(
             f"on_event takes plain functions, and {_name(callback)} is a coroutine function, which nobody would await; "
             "let it put the event into a queue"

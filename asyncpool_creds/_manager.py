@@ -115,7 +115,10 @@ class Stamp:
         return self._after(self._refresh)
 
     def _after(self, seconds: float) -> datetime | None:
-        return None if math.isinf(seconds) else self.obtained_at + timedelta(seconds=seconds)
+        try:
+            return self.obtained_at + timedelta(seconds=seconds)
+        except OverflowError:  # never, or after the year 9999
+            return None
 
     def is_stale(self, clock: Clock) -> bool:
         """Return whether it is time to refresh: it was refused, or its time has come."""

@@ -1,6 +1,7 @@
 """A single connection, opened with a credential that is current."""
 
 import asyncio
+import traceback
 
 import asyncpg
 import pytest
@@ -155,3 +156,14 @@ async def test_a_bad_argument_is_named_and_nothing_is_opened(cloud, keywords, ki
         await connect(cloud.dsn(), **{"credentials": cloud.provider, **keywords})
 
     assert (cloud.door.attempts, cloud.provider.calls) == (0, 0)
+
+
+async def test_no_frame_of_a_failed_connect_keeps_the_secret(cloud):
+    cloud.refuses_all = True
+
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError) as caught:
+        await connect(cloud.dsn(), credentials=cloud.manager())
+
+    shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "connect_utils" in shown
+    assert_no_secret(shown)

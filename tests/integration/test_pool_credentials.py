@@ -617,3 +617,38 @@ async def test_a_session_lifetime_that_is_no_duration_is_refused_by_name(cloud):
 
     with pytest.raises(ValueError, match="session_lifetime"):
         cloud.pool(credentials=cloud.manager(source))
+
+
+# A full server.
+
+
+async def test_an_acquire_whose_own_retired_connection_still_fills_the_server_waits_for_its_end(cloud):
+    attempts = []
+
+    async def connect(*arguments, **keywords):
+        attempts.append(pool.stats().connections if len(attempts) else ())
+        if len(attempts) == 2:
+            raise asyncpg.TooManyConnectionsError("sorry, too many clients already")
+        return await asyncpg.connect(*arguments, **keywords)
+
+    pool = cloud.pool(credentials=cloud.manager(background=False), max_size=1, connect=connect)
+    async with pool:
+        cloud.clock.advance(600)
+
+        assert await pool.fetchval("SELECT 1") == 1
+
+    assert len(attempts) == 3
+
+
+async def test_a_full_server_is_the_callers_trouble_when_nothing_of_ours_is_on_its_way_out(cloud):
+    attempts = []
+
+    async def connect(*_arguments, **_keywords):
+        attempts.append(1)
+        raise asyncpg.TooManyConnectionsError("sorry, too many clients already")
+
+    async with cloud.pool(min_size=0, max_size=1, connect=connect) as pool:
+        with pytest.raises(asyncpg.TooManyConnectionsError):
+            await pool.fetchval("SELECT 1")
+
+    assert len(attempts) == 1

@@ -48,6 +48,7 @@ def tasks_of_ours():
         ({"max_reconnects_per_second": "many"}, ValueError, "max_reconnects_per_second must be"),
         ({"max_reconnects_per_second": None}, ValueError, "max_reconnects_per_second must be"),
         ({"require_tls": "yes"}, ValueError, "require_tls must be"),
+        ({"require_tls": 0}, ValueError, "require_tls must be"),
         ({"before_acquire": True}, TypeError, "before_acquire must be"),
         ({"after_release": "check"}, TypeError, "after_release must be"),
         ({"is_refusal": "28000"}, TypeError, "is_refusal must be"),

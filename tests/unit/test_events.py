@@ -142,10 +142,15 @@ async def _coroutine_function(_: Event) -> None:
     raise AssertionError
 
 
+class _CoroutineCallable:
+    async def __call__(self, _: Event) -> None:
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     "wrong",
-    ["word", 5, [5], [log_event, None], _coroutine_function, [_coroutine_function]],
-    ids=["word", "number", "numbers", "one of two", "coroutine function", "coroutine functions"],
+    ["word", 5, [5], [log_event, None], _coroutine_function, [_coroutine_function], _CoroutineCallable()],
+    ids=["word", "number", "numbers", "one of two", "coroutine function", "coroutine functions", "async __call__"],
 )
 def test_what_cannot_observe_is_refused(wrong):
     with pytest.raises(TypeError, match="on_event takes"):
