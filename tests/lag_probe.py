@@ -22,7 +22,9 @@ class LagProbe:
     """The steps that were measured.
 
     A step counts as blocking if it computes for longer than the limit, or if it takes longer than the limit and the
-    thread went to sleep in it. Being put aside by the machine for the sake of other processes is neither.
+    thread went to sleep in it. Being put aside by the machine for the sake of other processes is neither; waiting for
+    another thread of this one to give up the interpreter looks like the latter, so what blocks only now and then is no
+    proof.
 
     Attributes:
         steps: How many were measured.

@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import anyio
 import anyio.to_thread
-
-try:
-    import httpx
-except ImportError as _missing:  # pragma: no cover
-    raise ImportError("this source of credentials needs httpx: pip install 'asyncpool-creds[oauth2]'") from _missing
+import httpx
 
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 

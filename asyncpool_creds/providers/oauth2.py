@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, Literal, NoReturn, TypeAlias
 
-import httpx
+try:
+    import httpx
+except ImportError as _missing:  # pragma: no cover
+    raise ImportError("the OAuth 2.0 provider needs httpx: pip install 'asyncpool-creds[oauth2]'") from _missing
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential

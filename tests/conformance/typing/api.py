@@ -51,7 +51,7 @@ from asyncpool_creds import (
     is_refusal,
     log_event,
 )
-from asyncpool_creds.providers.oauth2 import Grant, OAuth2
+from asyncpool_creds.providers.oauth2 import DevicePrompt, Grant, OAuth2, TokenSource
 from asyncpool_creds.storage import MemoryStorage, StoredTokens, TokenStorage
 from asyncpool_creds.testing import RecordingObserver, ScriptedProvider, VirtualClock
 
@@ -261,6 +261,11 @@ class Storage:
 
     async def save(self, key: str, tokens: StoredTokens) -> None: ...
 
+    async def delete(self, key: str) -> None: ...
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        return [prefix]
+
     @asynccontextmanager
     async def lock(self, key: str) -> AsyncGenerator[None]:
         yield
@@ -268,6 +273,15 @@ class Storage:
 
 storages: list[TokenStorage] = [MemoryStorage(), Storage()]
 grant: Grant = "password"
+token_sources: list[TokenSource] = ["token", plain_token, token]
+
+
+async def show(prompt: DevicePrompt) -> None:
+    assert_type(prompt.user_code, str)
+    assert_type(prompt.expires_at, datetime)
+
+
+by_device: CredentialProvider = OAuth2("https://login.example.com", client_id="app", prompt=show)
 oauth2: CredentialProvider = OAuth2(
     "https://login.example.com",
     client_id="app",
