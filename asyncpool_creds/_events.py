@@ -138,7 +138,7 @@ class StorageFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefreshTokenExpiring(Event):
-    """The refresh token itself is about to expire, and only a new login helps.
+    """A refresh token, or whatever else credentials hang on, is about to expire, and only a new login helps.
 
     Args:
         provider: Name of the source.

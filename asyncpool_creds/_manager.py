@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import importlib
 import math
 import random
 from collections.abc import Callable, Coroutine, Iterable
@@ -46,6 +48,10 @@ from asyncpool_creds._provider import (
 )
 
 __all__ = ["ManagerStats", "Stamp", "TokenManager"]
+
+# anyio imports what it runs on with its first use, which would hold up the event loop for 10 ms and more.
+with contextlib.suppress(ImportError):
+    importlib.import_module("anyio._backends._asyncio")
 
 # The timer runs on the monotonic clock, which stands still in a suspended process and does
 # not see the wall clock being stepped; looking up this often notices both.
@@ -262,8 +268,10 @@ class TokenManager:
 
         Raises:
             CredentialExpired: The source gave nothing; it may be tried again.
+            ManagerClosed: The manager is closed.
+            RuntimeError: The manager belongs to another event loop.
         """
-        await self.get()
+        await self.stamp()  # not `get`, which lends it
         return self
 
     async def get(self) -> Credential:
@@ -537,7 +545,7 @@ class TokenManager:
             stamp._refused = False
             if _says_more(credential, stamp.credential):
                 stamp._renew(credential, plan, wall, mono)
-            self._not_before = mono + _policy.same_secret_delay(remaining=lifetime)
+            self._not_before = mono + _policy.same_secret_delay(remaining=lifetime, hint=hint)
         else:
             rotated = stamp is not None
             if stamp is not None:

@@ -124,6 +124,8 @@ class RefreshPolicy:
         A `hint` from the source (seconds until it wants to be asked again) comes before the
         threshold. The jitter delays a refresh, by at most a tenth of the time left to expiry.
         """
+        if hint is not None and lifetime is not None and hint >= lifetime:
+            hint = None  # it would be too late
         if hint is not None:
             # One in the past, or a moment away, would be a refresh loop with a source that means it.
             hint = max(hint, same_secret_delay(remaining=lifetime) if hint <= 0 else RETRY_BASE)
@@ -134,7 +136,7 @@ class RefreshPolicy:
         usable_for = lifetime - margin
         # A credential short of its minimum validity makes callers wait, so the refresh begins before that.
         latest = max(usable_for - margin, usable_for / 2)
-        asked = hint if hint is not None and hint < lifetime else lifetime - threshold
+        asked = lifetime - threshold if hint is None else hint
         refresh_in = min(asked, latest)
         refresh_in += (usable_for - refresh_in) * JITTER_SHARE * chance
         return RefreshPlan(refresh_in, usable_for, lifetime, threshold_cut, margin_cut)
@@ -169,11 +171,14 @@ def negative_hold(attempt: int, *, retry_after: float | None, retryable: bool, c
     return hold if retry_after is None else max(hold, min(retry_after, RETRY_AFTER_CAP))
 
 
-def same_secret_delay(*, remaining: float | None) -> float:
-    """Return the seconds until asking again a source that gave the same secret without a later expiry."""
-    if remaining is None:
-        return SAME_SECRET_FLOOR
-    return max(RETRY_FLOOR, min(SAME_SECRET_FLOOR, remaining / 4))
+def same_secret_delay(*, remaining: float | None, hint: float | None = None) -> float:
+    """Return the seconds until asking again a source that gave the same secret without a later expiry.
+
+    A source that says when (its `hint`, in seconds from now) is asked then, if that is sooner: it knows what a
+    look costs.
+    """
+    delay = SAME_SECRET_FLOOR if remaining is None else max(RETRY_FLOOR, min(SAME_SECRET_FLOOR, remaining / 4))
+    return delay if hint is None or hint <= 0 else min(delay, max(hint, RETRY_BASE))
 
 
 def invalidation_hold(streak: int) -> float:

@@ -84,7 +84,7 @@ class Target:
 class BindableProvider(Protocol):
     """A source whose tokens name the host, port and user they are for (RDS IAM)."""
 
-    def bind(self, target: Target) -> CredentialProvider:
+    def bind(self, target: Target, /) -> CredentialProvider:
         """Return the provider of tokens for `target`; called once per host of a pool."""
         ...
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
+
+from asyncpool_creds.storage._turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -25,8 +25,7 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         self._tokens: dict[str, StoredTokens] = {}
-        # A lock is gone with its last user, so that none outlives its event loop.
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns = Turns()
         self._process = os.getpid()
 
     async def load(self, key: str) -> StoredTokens | None:
@@ -53,17 +52,14 @@ class MemoryStorage:
     async def lock(self, key: str) -> AsyncGenerator[None]:
         """Hold the lock of `key`."""
         self._forget_if_forked()
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        async with lock:
+        async with self._turns.of(key):
             yield
 
     def _forget_if_forked(self) -> None:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._tokens.clear()
-            self._locks.clear()
+            self._turns = Turns()
 
     def __repr__(self) -> str:
         return f"<MemoryStorage {len(self._tokens)} tokens>"

@@ -218,6 +218,11 @@ def test_the_same_secret_again_is_no_reason_to_ask_at_once(remaining, delay):
     assert same_secret_delay(remaining=remaining) == delay
 
 
+@pytest.mark.parametrize(("hint", "delay"), [(5.0, 5.0), (0.01, 1.0), (100.0, 30.0), (0.0, 30.0), (-5.0, 30.0)])
+def test_a_source_that_says_when_to_look_again_is_asked_then(hint, delay):
+    assert same_secret_delay(remaining=None, hint=hint) == delay
+
+
 def test_refusals_in_a_row_are_heard_ever_more_rarely():
     assert [invalidation_hold(streak) for streak in (1, 2, 3, 6, 7, 1000)] == [1.0, 2.0, 4.0, 32.0, 60.0, 60.0]
 
