@@ -29,6 +29,7 @@ from asyncpool_creds._events import (
     log_event,
 )
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
+from asyncpool_creds._managers import TokenManagers
 from asyncpool_creds._pool import ConnectionInfo, CredentialPool, Credentials, PoolStats, connect, create_pool
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 
@@ -66,6 +67,7 @@ __all__ = [
     "Target",
     "ThresholdReduced",
     "TokenManager",
+    "TokenManagers",
     "connect",
     "create_pool",
     "is_refusal",
