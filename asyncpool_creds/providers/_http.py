@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Final, cast
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.to_thread
+
+# httpx imports its transport with the first client, which takes 15 ms: the event loop would wait.
+import httpcore  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import httpx
 
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds.providers._arguments import parse_seconds
+from asyncpool_creds.providers._retry_after import parse_retry_after
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -27,7 +29,6 @@ __all__ = [
     "Unanswered",
     "complaint_about",
     "is_transient",
-    "read_object",
     "retry_after",
     "without_query",
 ]
@@ -78,7 +79,7 @@ class HttpClient:
         if make_client is not None and not callable(make_client):
             raise TypeError(f"{source}: http_client must be a function that makes an httpx.AsyncClient, not a client")
         self._source: Final = source
-        self._timeout: Final = _seconds(source, timeout)
+        self._timeout: Final = parse_seconds(source, "timeout", timeout)
         self._make_client: Final = make_client
         self._client: httpx.AsyncClient | None = None
         self._home: tuple[int, AbstractEventLoop] | None = None
@@ -93,6 +94,8 @@ class HttpClient:
         document: object = None,
     ) -> httpx.Response | Unanswered:
         """Return the answer, whatever its status, or what became of the request.
+
+        An exception comes from the function that makes the client: nothing was sent.
 
         Args:
             method: The HTTP method.
@@ -111,7 +114,8 @@ class HttpClient:
                 return await client.request(
                     method,
                     url,
-                    headers={"Accept": "application/json", **(headers or {})},
+                    # A client of the caller's would keep the connection.
+                    headers={"Accept": "application/json", "Connection": "close", **(headers or {})},
                     data=form,
                     json=document,
                     timeout=timeout,
@@ -135,6 +139,11 @@ class HttpClient:
                 f"({type(error).__name__})"
             )
             return Unanswered(ProviderError(message), error, was_sent=True)
+        except Exception as error:  # noqa: BLE001 - from the caller's own hook or transport
+            message = f"{self._source}: the http_client failed at {where} ({type(error).__name__})"
+            # httpx's own would show the request that was sent.
+            cause = None if isinstance(error, httpx.HTTPError) else error
+            return Unanswered(ProviderError(message), cause, was_sent=True)
 
     async def aclose(self) -> None:
         """Close the connections; a later request opens new ones. Nothing happens in another loop, or in a fork."""
@@ -153,7 +162,7 @@ class HttpClient:
         if self._client is None and self._make_client is not None:
             self._client = self._make_client()
         if self._client is None:
-            # Reading the certificate authorities and importing httpcore take 20 ms each: not on the event loop.
+            # Reading the certificate authorities takes 20 ms: not on the event loop.
             client = await anyio.to_thread.run_sync(_make_client)
             if self._client is None:
                 self._client = client
@@ -189,42 +198,14 @@ def is_transient(status: int) -> bool:
     return status >= 500 or status in _TRANSIENT_STATUS
 
 
-def read_object(text: bytes) -> dict[str, object] | None:
-    """Return a JSON object, or None for anything else."""
-    # The decoder's exceptions carry the document, so none gets out of here.
-    try:
-        document: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return cast("dict[str, object]", document) if isinstance(document, dict) else None
-
-
 def retry_after(response: httpx.Response, now: datetime) -> float | None:
-    """Return the seconds of a Retry-After header: a number, or a date (RFC 9110 section 10.2.3)."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        at = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    if at.tzinfo is None:
-        at = at.replace(tzinfo=UTC)
-    return max((at - now).total_seconds(), 0.0)
+    """Return the seconds of a Retry-After header; None: there is none, or none that can be read."""
+    return parse_retry_after(response.headers.get("Retry-After"), now)
 
 
 def without_query(url: str) -> str:
     """Return `url` for a message."""
     return url.partition("?")[0]
-
-
-def _seconds(source: str, timeout: float | timedelta) -> float:
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{source}: timeout must be a number of seconds or a timedelta, not {type(timeout).__name__}")
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"{source}: timeout must be more than zero and finite, not {timeout!r}")
-    return float(seconds)
 
 
 def _is_loopback(host: str) -> bool:
