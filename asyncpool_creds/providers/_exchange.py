@@ -33,9 +33,10 @@ _logger = logging.getLogger("asyncpool_creds")
 _ANSWER_LOST: Final = "the issuer's answer to a refresh was lost, and with it the next refresh token"
 _FORKED: Final = "this process is a fork, and the refresh token is its parent's; make the provider after forking"
 _NONE_LEFT: Final = "there is no refresh token left"
-# Of another's credential, so much must be left that a manager would not refresh it at once: the smaller of the two.
-_ADOPTABLE: Final = timedelta(minutes=5)
-_ADOPTABLE_SHARE: Final = 5
+_NONE_STORED: Final = "there is no refresh token in the storage"
+# A manager that is not told otherwise refreshes this long before the end, or at this share of the life: the smaller.
+_THRESHOLD: Final = timedelta(minutes=5)
+_THRESHOLD_SHARE: Final = 5
 # A person has to see the warning, and to find the time.
 _WARN_BEFORE: Final = timedelta(days=3)
 # Two expiries that are closer than this are the same one, computed from two answers.
@@ -51,11 +52,11 @@ class Login(Protocol):
     """What an exchange asks of its provider; nothing here need worry about cancellation or other callers."""
 
     async def prepare(self) -> None:
-        """Do what can be done before the lock is taken: discovery."""
+        """Do what can be done before a refresh token is marked: discovery."""
         ...
 
     async def refresh(self, refresh_token: str) -> Answer | Failure:
-        """Spend a refresh token."""
+        """Spend a refresh token; an exception means that nothing was sent."""
         ...
 
     async def log_in(self) -> Answer | Failure:
@@ -69,7 +70,7 @@ class Login(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Unsaved:
-    """Tokens that the storage would not take, and what it held then."""
+    """Tokens that the storage would not take, and what it holds in their place, as far as is known."""
 
     tokens: StoredTokens
     replaces: StoredTokens | None
@@ -78,9 +79,11 @@ class _Unsaved:
 class Exchange:
     """Gets credentials from one login, in a task of its own.
 
-    Every exchange is done under the lock of a storage. A credential that another who shares the storage has put there
-    is used instead of making an exchange, if it is news to this one and fresh. A refresh token that may be good only
-    once is marked before it is sent; where the mark is found later, whoever sent it has died, and it is not sent again.
+    Every exchange is done under the lock of a storage. A credential that is there already, put there by another who
+    shares the storage or for a caller who did not wait, is used instead of making an exchange, if it is fresh and was
+    not given before. A refresh token that may be good only once is marked before it is sent; where the mark is found
+    later, whoever sent it has died, and it is not sent again. One that cannot be marked is not sent either, unless it
+    is in this memory alone.
 
     Args:
         source: Who asks, for messages.
@@ -91,6 +94,7 @@ class Exchange:
         storage: Where tokens are kept.
         key: Under which name.
         clock: Where the time comes from.
+        new_login: What to do with a new login, where a person has to do it.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Exchange:
         storage: TokenStorage,
         key: str,
         clock: Clock,
+        new_login: str = "pass its refresh_token",
     ) -> None:
         self._source: Final = source
         self._login: Final = login
@@ -113,13 +118,16 @@ class Exchange:
         self._storage: Final = storage
         self._key: Final = key
         self._clock: Final = clock
+        self._new_login: Final = new_login
         self._observer: Observer = log_event
         self._birth_process: Final = os.getpid()
         self._home: tuple[int, AbstractEventLoop] | None = None
         self._flight: Task[Credential] | None = None
         self._must_finish = False  # what the issuer has done, or may have done, is not stored yet
+        self._closing = False
         self._given: Credential | None = None
         self._refused: Credential | None = None
+        self._passed_over: Credential | None = None  # in favour of one that came without the storage
         self._stored: StoredTokens | None = None  # as last seen there
         self._unsaved: _Unsaved | None = None
         self._saving: Task[None] | None = None
@@ -134,7 +142,7 @@ class Exchange:
         self._refused = credential
 
     async def fetch(self) -> Credential:
-        """Return a credential: another's that is news, or one of an exchange made now.
+        """Return a credential that was not given before: one that is stored, or one of an exchange made now.
 
         Cancelling this does not cut an exchange short; the next call joins it.
 
@@ -152,53 +160,59 @@ class Exchange:
         await asyncio.wait((flight,))
         if flight.cancelled():
             raise ProviderError(f"{self._source}: the provider was closed while it was fetching")
-        return flight.result()
+        self._given = flight.result()
+        return self._given
 
     async def aclose(self) -> None:
         """Finish the exchange of a refresh token, if one is going on, and store what is not stored yet."""
         if self._home != (os.getpid(), asyncio.get_running_loop()):
             return
-        flight, saving = self._flight, self._saving
-        if flight is not None and not flight.done():
-            if not self._must_finish:
-                flight.cancel()
-            await asyncio.wait((flight,))
-        if saving is not None and not saving.done():
-            saving.cancel()
-            await asyncio.wait((saving,))
-        if self._unsaved is not None:
-            with anyio.move_on_after(_LAST_RETRY):
-                await self._save_again()
+        self._closing = True
+        try:
+            flight, saving = self._flight, self._saving
+            if flight is not None and not flight.done():
+                if not self._must_finish:
+                    flight.cancel()
+                await asyncio.wait((flight,))
+            if saving is not None and not saving.done():
+                saving.cancel()
+                await asyncio.wait((saving,))
+            if self._unsaved is not None:
+                with anyio.move_on_after(_LAST_RETRY):
+                    await self._save_again()
+        finally:
+            self._closing = False
 
     def _move_to(self, home: tuple[int, AbstractEventLoop]) -> None:
         # What belongs to another loop can be neither awaited nor cancelled from this one.
-        self._home, self._flight, self._saving, self._must_finish = home, None, None, False
+        self._home, self._flight, self._saving = home, None, None
+        self._must_finish = self._closing = False
         if self._birth_process != home[0]:
             self._unsaved = None
 
     # -- in the task
 
     async def _run(self) -> Credential:
-        await self._login.prepare()
         try:
             async with self._locked():
                 known = await self._known()
                 credential = self._adoptable(known)
                 if credential is None:
-                    try:
-                        credential = await self._exchange(known)
-                    finally:
-                        self._must_finish = False
+                    await self._login.prepare()
+                    credential = await self._exchange(known)
+                return credential
         except _StorageError as error:
-            # Without the lock, a refresh token that is good once might be sent twice.
+            # Without the lock, or the mark, a refresh token that is good once might be sent twice.
             if not self._can_log_in or self._needs_a_person:
                 raise ProviderError(
                     f"{self._source}: the storage of the refresh token failed, and without it the token is not sent; "
                     "see the cause"
                 ) from error.__cause__
-            credential = _or_throw(self._login.credential_in(_or_throw(await self._login.log_in())))
-        self._given = credential
-        return credential
+            self._let_close()
+            self._passed_over = None if self._stored is None else self._stored.credential
+            return _or_throw(self._login.credential_in(_or_throw(await self._login.log_in())))
+        finally:
+            self._must_finish = False
 
     @asynccontextmanager
     async def _locked(self) -> AsyncGenerator[None]:
@@ -233,17 +247,15 @@ class Exchange:
         return unsaved.tokens
 
     def _adoptable(self, known: StoredTokens | None) -> Credential | None:
-        """Return another's credential, if it is news and a manager would not refresh it at once."""
+        """Return the credential that is there, if it is news and a manager would not refresh it at once."""
         credential = None if known is None else known.credential
         if known is None or credential is None:
             return None
-        if any(ours is not None and ours.is_same_secret(credential) for ours in (self._given, self._refused)):
+        seen = (self._given, self._refused, self._passed_over)
+        if any(one is not None and one.is_same_secret(credential) for one in seen):
             return None
-        if credential.expires_at is None:
-            return credential
-        left = credential.expires_at - self._now()
-        life = left if known.obtained_at is None else credential.expires_at - known.obtained_at
-        return credential if left > min(_ADOPTABLE, life / _ADOPTABLE_SHARE) else None
+        due = _due(credential, known.obtained_at or self._now())
+        return credential if due is None or self._now() < due else None
 
     async def _exchange(self, known: StoredTokens | None) -> Credential:
         if (token := self._to_spend(known)) is not None:
@@ -255,9 +267,14 @@ class Exchange:
             if not self._can_log_in or not outcome.may_log_in_again:
                 outcome.throw()
         elif not self._can_log_in:
-            raise self._login_needed(_FORKED if known is None else _ANSWER_LOST if known.is_being_spent else _NONE_LEFT)
+            raise self._login_needed(self._why_none(known))
         answer = _or_throw(await self._login.log_in())
         return _or_throw(await self._keep(answer, StoredTokens()))
+
+    def _why_none(self, known: StoredTokens | None) -> str:
+        if known is None:
+            return _NONE_STORED if self._first is None else _FORKED
+        return _ANSWER_LOST if known.is_being_spent else _NONE_LEFT
 
     def _to_spend(self, known: StoredTokens | None) -> str | None:
         if known is None:
@@ -273,14 +290,26 @@ class Exchange:
         held = StoredTokens(refresh_token=token) if known is None else known
         self._must_finish = True
         if not held.is_reusable:
-            await self._save(replace(held, is_being_spent=True))
-        answer = await self._login.refresh(token)
+            await self._mark(held)
+        try:
+            answer = await self._login.refresh(token)
+        except Exception:
+            await self._unmark(held)
+            raise
         if isinstance(answer, Failure):
-            if not held.is_reusable and not answer.lost:
-                await self._save(held)
-            self._must_finish = False
+            if held.is_reusable:
+                answer = replace(answer, lost=False)
+            elif not answer.lost:
+                await self._unmark(held)
+            self._let_close()
             return answer
         return await self._keep(answer, held)
+
+    def _let_close(self) -> None:
+        """Go on with what may be cut short; if somebody is closing, it is."""
+        self._must_finish = False
+        if self._closing and self._flight is not None:
+            self._flight.cancel()
 
     async def _keep(self, answer: Answer, held: StoredTokens) -> Credential | Failure:
         """Store what came with `answer` in place of `held`, and return its credential."""
@@ -288,47 +317,77 @@ class Exchange:
         tokens = refresh_token_in(answer)
         if tokens is None or tokens.refresh_token == held.refresh_token:
             # It was left as it is, so it will be good again.
-            expires_at = held.expires_at if tokens is None else tokens.expires_at
             tokens = replace(
-                held, expires_at=expires_at, is_being_spent=False, is_reusable=held.refresh_token is not None
+                held,
+                expires_at=(None if tokens is None else tokens.expires_at) or held.expires_at,
+                is_being_spent=False,
+                is_reusable=held.refresh_token is not None,
             )
         credential = self._login.credential_in(answer)
         if isinstance(credential, Failure):
             await self._save(replace(tokens, credential=None, obtained_at=None))
             return credential
-        await self._save(replace(tokens, credential=credential, obtained_at=answer.requested_at))
-        self._warn(tokens, held, credential)
+        tokens = replace(tokens, credential=credential, obtained_at=answer.requested_at)
+        await self._save(tokens)
+        self._warn(tokens.expires_at, held.expires_at, _due(credential, answer.requested_at))
         return credential
 
-    def _warn(self, tokens: StoredTokens, held: StoredTokens, credential: Credential) -> None:
+    def _warn(self, end: datetime | None, end_before: datetime | None, due: datetime | None) -> None:
         """Report a refresh token that ends before a person may notice, and that refreshing does not prolong."""
-        end = tokens.expires_at
-        if end is None or end == self._warned_of or (self._can_log_in and not self._needs_a_person):
+        if end is None or (self._can_log_in and not self._needs_a_person):
             return
-        ends_before_use = credential.expires_at is not None and end <= credential.expires_at
-        is_prolonged = held.expires_at is None or end - held.expires_at > _SAME_MOMENT
+        if self._warned_of is not None and abs(end - self._warned_of) <= _SAME_MOMENT:
+            return
+        is_prolonged = end_before is None or end - end_before > _SAME_MOMENT
+        ends_before_use = due is not None and end <= due
         if ends_before_use or (not is_prolonged and end - self._now() <= _WARN_BEFORE):
             self._warned_of = end
             advice = (
                 "somebody must log in again by then; the next fetch after it will ask for it"
                 if self._can_log_in
-                else "log in again by then, and pass the new refresh_token"
+                else f"log in again by then, and {self._new_login}"
             )
             self._observer(RefreshTokenExpiring(at=self._now(), provider=self._source, expires_at=end, advice=advice))
 
     # -- storing
 
+    async def _mark(self, held: StoredTokens) -> None:
+        """Say in the storage that a refresh token is about to be sent."""
+        marked = replace(held, is_being_spent=True)
+        is_ours_alone = self._unsaved is not None and (
+            self._stored is None or self._stored.refresh_token != held.refresh_token
+        )
+        try:
+            await self._storage.save(self._key, marked)
+        except Exception as error:
+            self._report_storage("save", error, "a refresh token could not be marked before it is sent")
+            if not is_ours_alone:
+                # The mark may be there all the same, and nothing was sent.
+                self._save_later(held, replaces=marked)
+                raise _StorageError from error
+            self._save_later(marked, replaces=self._stored)
+        else:
+            self._stored, self._unsaved = marked, None
+
+    async def _unmark(self, held: StoredTokens) -> None:
+        """Take the mark back: the token was not sent, or it was answered."""
+        if not held.is_reusable:
+            await self._save(held)
+
     async def _save(self, tokens: StoredTokens) -> None:
         try:
             await self._storage.save(self._key, tokens)
         except Exception as error:  # noqa: BLE001 - the exchange cannot be undone: losing its result helps nobody
-            self._unsaved = _Unsaved(tokens, self._stored)
-            self._report_storage("save", error)
-            if self._saving is None or self._saving.done():
-                name = f"asyncpool_creds.{self._source}.save"
-                self._saving = asyncio.create_task(self._save_until_saved(), name=name)
+            self._save_later(tokens, replaces=self._stored)
+            self._report_storage("save", error, "the newest tokens are in memory alone")
         else:
             self._stored, self._unsaved = tokens, None
+
+    def _save_later(self, tokens: StoredTokens, *, replaces: StoredTokens | None) -> None:
+        self._unsaved = _Unsaved(tokens, replaces)
+        if not self._closing and (self._saving is None or self._saving.done()):
+            name = f"asyncpool_creds.{self._source}.save"
+            self._saving = asyncio.create_task(self._save_until_saved(), name=name)
 
     async def _save_until_saved(self) -> None:
         delay = _FIRST_RETRY
@@ -346,24 +405,28 @@ class Exchange:
         except _StorageError:
             _logger.debug("%s: what could not be stored is kept in memory for now", self._source)
 
-    def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception) -> None:
+    def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception, so: str | None = None) -> None:
         what = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
-        told = f"{what}; the newest refresh token is in memory alone" if action == "save" else what
+        told = what if so is None else f"{what}; {so}"
         self._observer(StorageFailed(at=self._now(), provider=self._source, action=action, error=told))
 
     # -- small change
 
     def _login_needed(self, reason: str) -> ProviderError:
-        return ProviderError(
-            f"{self._source}: {reason}. A new login is needed: pass its refresh_token", retryable=False
-        )
+        return ProviderError(f"{self._source}: {reason}. A new login is needed: {self._new_login}", retryable=False)
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 class _StorageError(Exception):
-    """The storage could not be locked or read; it has been reported, and is the cause."""
+    """The storage could not be locked, read or marked; it has been reported, and is the cause."""
+
+
+def _due(credential: Credential, obtained_at: datetime) -> datetime | None:
+    """Return when a manager that is not told otherwise asks for the next one; None: not on its own."""
+    end = credential.expires_at
+    return None if end is None else end - min(_THRESHOLD, (end - obtained_at) / _THRESHOLD_SHARE)
 
 
 def _or_throw(outcome: T | Failure) -> T:

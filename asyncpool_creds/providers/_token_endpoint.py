@@ -7,19 +7,18 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, cast
 from urllib.parse import quote_plus
 
 import httpx
 
 from asyncpool_creds._errors import ProviderError
-from asyncpool_creds._expiry import read_validity
+from asyncpool_creds.providers._document import earliest_end, parse_object
 from asyncpool_creds.providers._http import (
     HttpClient,
     Unanswered,
     complaint_about,
     is_transient,
-    read_object,
     retry_after,
     without_query,
 )
@@ -30,21 +29,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Client", "Failure", "TokenEndpoint", "claim", "earliest", "lifetime", "refresh_token_in"]
 
-# Whose fault it is and what to do, by the codes of RFC 6749 sections 4.1.2.1 and 5.2, RFC 8628 section 3.5 and
-# RFC 8693 section 2.2.2: refusals for good.
+# Whose fault it is and what to do, by the codes of RFC 6749 sections 4.1.2.1 and 5.2, and of RFC 8693 section 2.2.2:
+# refusals for good.
 _ADVICE: Final = {
     "access_denied": "the issuer's policy, or the user who was asked, forbids it",
-    "expired_token": "nobody logged in before the code expired; another code is asked for",
     "invalid_client": "check client_id and how the client authenticates",
     "invalid_grant": "check what was logged in with, and whether the user may still log in",
     "invalid_request": "the issuer misses a parameter or dislikes one; see its manual, and 'extra'",
     "invalid_scope": "check scope",
     "invalid_target": "check audience and 'extra'",
+    "unauthorized": "check client_id and how the client authenticates",  # Globus's word for invalid_client
     "unauthorized_client": "allow this grant for the client at the issuer",
     "unsupported_grant_type": "the issuer does not offer this grant; use another one",
 }
 # The issuer's trouble, not ours (RFC 6749 section 4.1.2.1; RFC 8628 section 3.5 for slow_down).
 _TRANSIENT: Final = frozenset({"server_error", "slow_down", "temporarily_unavailable"})
+# What a gateway says of an issuer to which it may have passed the request on (RFC 9110 sections 15.6.3 and 15.6.5).
+_GATEWAY_STATUS: Final = frozenset({502, 504})
+_OF_THE_CLIENT: Final = frozenset({"invalid_client", "unauthorized"})
 _JWT_BEARER: Final = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # RFC 7523 section 2.2
 _SECRET_PARAMETERS: Final = (
     *("refresh_token", "device_code", "password", "client_secret"),
@@ -168,16 +170,16 @@ class TokenEndpoint:
         """Return what the token endpoint answers, or what is wrong with it."""
         return await self._post((await self._found()).token, {**self._parameters, **request})
 
-    async def authorize_device(self, request: Mapping[str, str]) -> Answer | Failure:
+    async def authorize_device(self) -> Answer | Failure:
         """Return what the device authorization endpoint answers (RFC 8628 section 3.1), or what is wrong with it."""
         url = (await self._found()).device_authorization
         if url is None:
             message = (
                 f"{self._source}: the metadata of issuer {self._issuer!r} names no device_authorization_endpoint; "
-                "the issuer does not offer the device grant, or token_url was passed, which names none"
+                "it does not offer the device grant"
             )
             return Failure(ProviderError(message, retryable=False))
-        return await self._post(url, {**self._parameters, **request})
+        return await self._post(url, dict(self._parameters))
 
     async def _found(self) -> _Addresses:
         await self.find()
@@ -191,7 +193,7 @@ class TokenEndpoint:
         response = await self._http.request("POST", url, headers=headers, form=form)
         if isinstance(response, Unanswered):
             return Failure(response.error, response.cause, lost=response.was_sent)
-        members = read_object(response.content)
+        members = parse_object(response.content)
         if response.is_success and members is not None and "error" not in members:
             return Answer(requested_at, members)
         return self._refusal(response, members or {}, refreshing="refresh_token" in form, secrets=secrets)
@@ -228,7 +230,7 @@ class TokenEndpoint:
                 retryable=is_transient(status),
                 retry_after=retry_after(response, self._now()),
             )
-        return self._read_metadata(read_object(response.content))
+        return self._read_metadata(parse_object(response.content))
 
     async def _get(self, url: str) -> httpx.Response:
         response = await self._http.request("GET", url)
@@ -272,7 +274,7 @@ class TokenEndpoint:
         self, response: httpx.Response, members: Mapping[str, object], *, refreshing: bool, secrets: Iterable[str]
     ) -> Failure:
         where, status = without_query(str(response.request.url)), response.status_code
-        code = members.get("error")
+        code, description = _complaint(members)
         wait = retry_after(response, self._now())
         if response.is_redirect:
             message = (
@@ -288,20 +290,20 @@ class TokenEndpoint:
                 )
                 return Failure(ProviderError(message), lost=True)
             message = f"{self._source}: {where} failed (HTTP {status})"
-            return Failure(ProviderError(message, retryable=is_transient(status), retry_after=wait))
-        description = members.get("error_description")
+            error = ProviderError(message, retryable=is_transient(status), retry_after=wait)
+            return Failure(error, lost=status in _GATEWAY_STATUS)
         told = self._redact(code, secrets)
         if isinstance(description, str) and description:
             told += f": {self._redact(description, secrets)}"
         if code in _TRANSIENT or is_transient(status):
             message = f"{self._source}: {where} is in trouble (HTTP {status}, {told}); it is asked again later"
             return Failure(ProviderError(message, retry_after=wait), code=code)
-        advice = _ADVICE.get(code, "see the issuer's manual")
+        advice = _ADVICE.get(code.lower(), "see the issuer's manual")
         if refreshing and code == "invalid_grant":
             advice = "the refresh token is expired, revoked or used up; a new login is needed: pass its refresh_token"
         message = f"{self._source}: {where} refused (HTTP {status}, {told}); {advice}"
         error = ProviderError(message, retryable=False, retry_after=wait)
-        return Failure(error, refused=code != "invalid_client", code=code)
+        return Failure(error, refused=code.lower() not in _OF_THE_CLIENT, code=code)
 
     def _redact(self, text: str, secrets: Iterable[str]) -> str:
         """Return what the issuer says without any secret it may quote, on one line."""
@@ -313,6 +315,15 @@ class TokenEndpoint:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.time(), UTC)
+
+
+def _complaint(members: Mapping[str, object]) -> tuple[object, object]:
+    """Return the error and its description: those of RFC 6749 section 5.2, or else those of a list of errors."""
+    errors = members.get("errors")
+    if "error" not in members and isinstance(errors, list) and errors and isinstance(errors[0], Mapping):
+        first = cast("Mapping[str, object]", errors[0])  # as in JSON:API, and at Globus
+        return first.get("code"), first.get("detail")
+    return members.get("error"), members.get("error_description")
 
 
 def refresh_token_in(answer: Answer) -> StoredTokens | None:
@@ -339,13 +350,8 @@ def lifetime(value: object) -> timedelta | None:
 
 def earliest(requested_at: datetime, life: timedelta | None, token: str) -> datetime | None:
     """Return when a token ends: what the answer says or what the token says, whichever comes first."""
-    ends: list[datetime] = []
-    if life is not None and life < _END_OF_TIME - requested_at:
-        ends.append(requested_at + life)
-    validity = read_validity(token)
-    if validity is not None:
-        ends.append(validity.anchored_at(requested_at))
-    return min(ends, default=None)
+    stated = None if life is None or life >= _END_OF_TIME - requested_at else requested_at + life
+    return earliest_end(token, requested_at, stated)
 
 
 def claim(token: str, name: str) -> str | None:
@@ -353,7 +359,7 @@ def claim(token: str, name: str) -> str | None:
     _, _, rest = token.partition(".")
     payload, _, _ = rest.partition(".")
     try:
-        claims = read_object(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        claims = parse_object(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     except ValueError:
         return None
     value = None if claims is None else claims.get(name)

@@ -20,6 +20,7 @@ from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer
+from asyncpool_creds.providers._arguments import check_text
 from asyncpool_creds.providers._exchange import Exchange
 from asyncpool_creds.providers._http import HttpClient, complaint_about
 from asyncpool_creds.providers._token_endpoint import (
@@ -58,6 +59,8 @@ _NEEDS: Final[Mapping[Grant, str]] = {
     "client_credentials": "client_id, and client_secret or client_assertion",
 }
 _LOGINS: Final[tuple[Grant, ...]] = ("password", "jwt_bearer", "token_exchange", "device_code")
+# Those whose user is in a token that is made when it is needed.
+_OF_ANYBODY: Final[tuple[Grant, ...]] = ("jwt_bearer", "token_exchange")
 _ACCESS_TOKEN: Final = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - RFC 8693 section 3
 # Seconds between polls where the issuer does not say (RFC 8628 section 3.2), and more of them when it says slow_down
 # (section 3.5).
@@ -101,7 +104,7 @@ class OAuth2:
     sent a second time unless it is certain that the issuer did not see it, or did answer.
 
     Those who share a storage share what is in it: a credential that another one has fetched is
-    used, if it is news and fresh, and no fetch is made.
+    used, if it is news and fresh, and no request is made.
 
     Cancelling `fetch` does not cut an exchange short: it is finished and stored in the
     background, and the next `fetch` joins it. `aclose` waits for it; the provider can be used
@@ -128,7 +131,9 @@ class OAuth2:
             returns it and is called for every login.
         subject_token_type: What kind it is, as a URN of RFC 8693 section 3; an access token if not given.
         prompt: Called with a `DevicePrompt` when somebody has to log in on another device; sync or
-            async. Give the manager a ``fetch_timeout`` that lets them.
+            async, and done when it is shown. It needs an `issuer`. Where the manager's
+            ``fetch_timeout`` is shorter than the person takes, the login goes on, and the
+            next fetch joins it.
         scope: Scopes, separated by spaces. An ID token needs ``openid``, a refresh token often
             ``offline_access``.
         audience: Whom the token is for, where the issuer wants to be told (Auth0).
@@ -137,7 +142,9 @@ class OAuth2:
         user: The database user to log in as; None: the connection's own.
         user_claim: The claim of the token that names the database user, such as ``"sub"``.
         storage: Where tokens are kept; memory if not given.
-        storage_key: Under which name; derived from the other arguments if not given.
+        storage_key: Under which name; derived from the other arguments if not given. A storage
+            needs it with `assertion` and `subject_token`, which alone tell whose login it is. What
+            follows from another `refresh_token` is another login, whatever the name.
         timeout: Seconds one request may take, as a whole.
         http_client: Makes the httpx client, for a proxy, a private certificate authority or
             client certificates: ``lambda: httpx.AsyncClient(verify=context)``. Called once per
@@ -195,11 +202,11 @@ class OAuth2:
             "storage_key": storage_key,
         }
         for name, value in strings.items():
-            _check_string(name, value)
+            check_text("OAuth2", name, value)
         tokens = {"client_assertion": client_assertion, "assertion": assertion, "subject_token": subject_token}
         for name, token in tokens.items():
             if not callable(token):
-                _check_string(name, token)
+                check_text("OAuth2", name, token)
         _check_addresses(issuer, token_url)
         _check_client(client_id, client_secret, client_auth, client_assertion)
         _check_use(use, user, user_claim)
@@ -209,6 +216,8 @@ class OAuth2:
             )
         if prompt is not None and not callable(prompt):
             raise TypeError(f"OAuth2: prompt must be a function that takes a DevicePrompt, not {type(prompt).__name__}")
+        if prompt is not None and issuer is None:
+            raise ValueError("OAuth2: prompt needs issuer, whose metadata says where codes for devices are to be had")
         if subject_token_type is not None and subject_token is None:
             raise ValueError("OAuth2: subject_token_type without subject_token")
         if (username is None) != (password is None):
@@ -227,6 +236,11 @@ class OAuth2:
                 or (client_id is not None and grant == "client_credentials"),
             },
         )
+        if self._grant in _OF_ANYBODY and storage is not None and storage_key is None:
+            raise ValueError(
+                f"OAuth2: storage needs a storage_key with {_NEEDS[self._grant]}: no other argument tells whose login "
+                "it is, and another's must not be taken for it"
+            )
         self._where: Final = issuer or token_url or ""
         self._client_id: Final = client_id
         self._use: Final = use
@@ -263,7 +277,7 @@ class OAuth2:
             user_claim=user_claim,
             clock=clock,
         )
-        identity = (self._where, client_id, username, refresh_token, sorted(parameters.items()), use, user, user_claim)
+        identity = (self._where, self._grant, client_id, username, sorted(parameters.items()), use, user, user_claim)
         self._exchange: Final = Exchange(
             "oauth2",
             login,
@@ -271,7 +285,7 @@ class OAuth2:
             needs_a_person=self._grant == "device_code",
             first=refresh_token,
             storage=MemoryStorage() if storage is None else storage,
-            key=storage_key or _key(username or client_id or "", self._where, identity),
+            key=_key(storage_key or f"oauth2:{username or client_id}@{self._where}#{_digest(identity)}", refresh_token),
             clock=clock,
         )
 
@@ -368,12 +382,11 @@ class _Login:
 
     async def _log_in_on_a_device(self) -> Answer | Failure:
         """Show somebody a code, and ask until they have logged in with it (RFC 8628)."""
-        authorization = await self.endpoint.authorize_device({})
+        authorization = await self.endpoint.authorize_device()
         if isinstance(authorization, Failure):
             return authorization
         members = authorization.members
-        device_code, life = members.get("device_code"), lifetime(members.get("expires_in"))
-        prompt = None if life is None else _read_prompt(members, authorization.requested_at + life)
+        device_code, prompt = members.get("device_code"), _read_prompt(authorization)
         if prompt is None or not isinstance(device_code, str) or self.prompt is None:
             message = "oauth2: the issuer's answer is no device authorization (RFC 8628 section 3.2)"
             return Failure(ProviderError(message, retryable=False))
@@ -381,7 +394,7 @@ class _Login:
         if inspect.isawaitable(shown):
             await shown
         interval = lifetime(members.get("interval"))
-        pause = _POLL_INTERVAL if interval is None else interval.total_seconds()
+        pause = interval.total_seconds() if interval else _POLL_INTERVAL
         while self.clock.time() < prompt.expires_at.timestamp():
             await asyncio.sleep(pause)
             outcome = await self.endpoint.exchange(
@@ -391,8 +404,11 @@ class _Login:
                 return outcome
             if outcome.code == "slow_down":
                 pause += _POLL_INTERVAL
-            elif outcome.code is None and outcome.error.retryable:
-                pause *= 2  # as section 3.5 demands after a timeout
+            elif outcome.error.retryable:
+                # Section 3.5 demands it of a timeout.
+                pause = max(2 * pause, outcome.error.retry_after or 0.0)
+            elif outcome.code == "expired_token":
+                break
             elif outcome.code != "authorization_pending":
                 return outcome
         message = "oauth2: nobody logged in before the code expired; the next fetch asks for another one"
@@ -400,35 +416,36 @@ class _Login:
 
 
 async def _token(name: str, source: TokenSource | None) -> str:
-    token: object = source() if callable(source) else source
-    if inspect.isawaitable(token):
-        token = await token
+    try:
+        token: object = source() if callable(source) else source
+        if inspect.isawaitable(token):
+            token = await token
+    except ProviderError:
+        raise
+    except Exception as error:
+        raise ProviderError(f"oauth2: {name} raised {type(error).__name__}; see the cause") from error
     if not isinstance(token, str) or not token:
         raise ProviderError(f"oauth2: {name} gave no token but {type(token).__name__}", retryable=False)
     return token
 
 
-def _read_prompt(members: Mapping[str, object], expires_at: datetime) -> DevicePrompt | None:
+def _read_prompt(answer: Answer) -> DevicePrompt | None:
+    members = answer.members
     where, code = members.get("verification_uri"), members.get("user_code")
     complete = members.get("verification_uri_complete")
-    if not isinstance(where, str) or not isinstance(code, str):
+    expires_at = earliest(answer.requested_at, lifetime(members.get("expires_in")), "")
+    if not isinstance(where, str) or not isinstance(code, str) or expires_at is None:
         return None
     return DevicePrompt(where, code, complete if isinstance(complete, str) else None, expires_at)
 
 
-def _key(who: str, where: str, identity: object) -> str:
+def _key(name: str, first: str | None) -> str:
     # A new first refresh token is a new login, and must not be shadowed by what is stored of the last one.
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return f"oauth2:{who}@{where}#{digest[:16]}"
+    return name if first is None else f"{name}#{_digest(first)}"
 
 
-def _check_string(name: str, value: object) -> None:
-    if value is None:
-        return
-    if not isinstance(value, str):
-        raise TypeError(f"OAuth2: {name} must be a str, not {type(value).__name__}")
-    if not value:
-        raise ValueError(f"OAuth2: {name} is empty; is an environment variable missing?")
+def _digest(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def _check_addresses(issuer: str | None, token_url: str | None) -> None:

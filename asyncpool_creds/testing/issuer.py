@@ -25,27 +25,42 @@ from urllib.parse import unquote_plus
 try:
     import jwt
     from aiohttp import web
+    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
     from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("the token issuer needs aiohttp and PyJWT: pip install 'asyncpool-creds[testing]'") from _missing
+
+from asyncpool_creds.testing._assertions import Assertion, Signers
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping
     from types import TracebackType
 
     from asyncpool_creds import Clock
-
 __all__ = ["Algorithm", "AuthMethod", "TokenIssuer", "UserStore"]
 
 Algorithm: TypeAlias = Literal["ES256", "RS256"]
-AuthMethod: TypeAlias = Literal["client_secret_basic", "client_secret_post", "none"]
+AuthMethod: TypeAlias = Literal["client_secret_basic", "client_secret_post", "private_key_jwt", "none"]
 
-_GRANTS: Final = ("password", "client_credentials", "refresh_token")
+_AUTH_METHODS: Final[tuple[AuthMethod, ...]] = ("client_secret_basic", "client_secret_post", "private_key_jwt", "none")
+_GRANTS: Final = (
+    *("password", "client_credentials", "refresh_token"),
+    "urn:ietf:params:oauth:grant-type:device_code",  # RFC 8628 section 3.4
+    "urn:ietf:params:oauth:grant-type:jwt-bearer",  # RFC 7523 section 2.1
+    "urn:ietf:params:oauth:grant-type:token-exchange",  # RFC 8693 section 2.1
+)
+_CLIENT_ASSERTION: Final = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # RFC 7523 section 2.2
+_TOKEN_TYPE: Final = "urn:ietf:params:oauth:token-type:"  # noqa: S105 - RFC 8693 section 3
+_SUBJECT_TOKEN_TYPES: Final = frozenset(_TOKEN_TYPE + kind for kind in ("access_token", "id_token", "jwt"))
 # The typ header tells the three kinds of token apart (RFC 9068 section 2.1 for the first).
 _ACCESS, _ID, _REFRESH = "at+jwt", "JWT", "rt+jwt"
 # Statuses other than 400 of the error codes in RFC 6749 sections 4.1.2.1 and 5.2.
 _STATUS: Final = {"invalid_client": 401, "server_error": 500, "temporarily_unavailable": 503}
+# Letters that do not look alike and make no words (RFC 8628 section 6.1).
+_CODE_LETTERS: Final = "BCDFGHJKLMNPQRSTVWXZ"
+# Seconds between the polls of a device that are added by slow_down (RFC 8628 section 3.5).
+_SLOWER: Final = 5.0
 _NO_STORE: Final = {"Cache-Control": "no-store", "Pragma": "no-cache"}  # RFC 6749 section 5.1
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: close() sends RST
 
@@ -80,6 +95,10 @@ class UserStore:
         """Take `disable` back."""
         self._disabled.discard(self._known(user))
 
+    def is_disabled(self, user: str) -> bool:
+        """Return whether `user` was disabled; one who is not known was not."""
+        return user in self._disabled
+
     def check(self, user: str, password: str) -> bool:
         """Return whether this password is the user's and the user may log in."""
         expected = self._passwords.get(user, "")
@@ -102,11 +121,14 @@ class TokenIssuer:
     """An OAuth 2.0 token service over real HTTP, for tests and demonstrations.
 
     ``POST /token`` knows the grants ``password`` (an access and a refresh token, and an
-    ID token if the scope has ``openid``), ``client_credentials`` (an access token) and
-    ``refresh_token``. Refresh tokens are good once: exchanging one gives a new pair,
+    ID token if the scope has ``openid``), ``client_credentials`` (an access token),
+    ``refresh_token``, the device grant (RFC 8628: like ``password``, once `approve` was
+    called), the JWT bearer grant (RFC 7523) and token exchange (RFC 8693; both give an
+    access token). Refresh tokens are good once: exchanging one gives a new pair,
     and using a spent one revokes its whole family (RFC 9700 section 4.14.2). The keys
     are at ``/jwks.json``, the metadata at ``/.well-known/openid-configuration`` and
-    ``/.well-known/oauth-authorization-server``.
+    ``/.well-known/oauth-authorization-server``; devices get their codes at
+    ``POST /device_authorization``.
 
     Use it as an async context manager, or call `start` and `aclose`; it runs on the
     caller's event loop, on a free port of 127.0.0.1. Settings and troubles are
@@ -116,17 +138,27 @@ class TokenIssuer:
         users: Who may log in; a mapping of passwords by user, or a store to share.
         clients: Secrets by client id; an empty secret makes a public client. Without
             clients, whoever asks is served.
+        client_keys: Public keys, as PEM, of further clients, by client id: they prove
+            themselves by signing (``private_key_jwt``, RFC 7523 section 2.2).
+        trusted_issuers: Public keys, as PEM, of those whose tokens are taken as assertions
+            and subject tokens, by the ``iss`` of these. A token exchange takes tokens of
+            this issuer as well.
         auth_methods: How clients may authenticate, also stated in the metadata.
         audience: The ``aud`` of access tokens, unless the request names another.
         algorithm: Of the signatures.
         access_lifetime: Seconds an access or ID token lives.
         refresh_lifetime: Seconds a refresh token lives.
+        device_lifetime: Seconds a code for a device lives.
+        device_interval: Seconds a device has to wait between two polls.
         clock: Where the time comes from; the machine's clock if not given.
         ssl_context: Serve HTTPS with it.
 
     Attributes:
         access_lifetime: See above; may be changed while running.
         refresh_lifetime: Likewise.
+        device_lifetime: Likewise.
+        device_interval: Likewise.
+        one_time_assertions: If False, an assertion that has a ``jti`` may be used again.
         rotate_refresh_tokens: If False, refresh tokens may be used again and refreshing
             returns none.
         clock_skew: Seconds by which the issuer's clock is ahead of the one `verify` uses.
@@ -136,7 +168,7 @@ class TokenIssuer:
         answer: Members put into every good answer of the token endpoint; one whose value
             is None is taken out: ``issuer.answer["expires_in"] = None``.
         requests: Token requests received, by grant type.
-        documents: Requests for metadata and keys, by path.
+        documents: Requests for anything else, by path: metadata, keys, codes for devices.
         replays: Spent refresh tokens that were used again.
         revoked_families: Families of refresh tokens revoked because of that.
     """
@@ -146,29 +178,36 @@ class TokenIssuer:
         users: Mapping[str, str] | UserStore | None = None,
         *,
         clients: Mapping[str, str] | None = None,
-        auth_methods: Collection[AuthMethod] = ("client_secret_basic", "client_secret_post", "none"),
+        client_keys: Mapping[str, str] | None = None,
+        trusted_issuers: Mapping[str, str] | None = None,
+        auth_methods: Collection[AuthMethod] = _AUTH_METHODS,
         audience: str = "postgresql",
         algorithm: Algorithm = "ES256",
         access_lifetime: float = 300.0,
         refresh_lifetime: float = 86_400.0,
+        device_lifetime: float = 600.0,
+        device_interval: float = 5.0,
         clock: Clock | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         if algorithm not in ("ES256", "RS256"):
             raise ValueError(f"TokenIssuer: algorithm must be 'ES256' or 'RS256', not {algorithm!r}")
-        unknown = set(auth_methods) - {"client_secret_basic", "client_secret_post", "none"}
-        if isinstance(auth_methods, str) or unknown or not auth_methods:
-            raise ValueError(
-                "TokenIssuer: auth_methods takes some of 'client_secret_basic', 'client_secret_post' and 'none'"
-            )
+        if isinstance(auth_methods, str) or set(auth_methods) - set(_AUTH_METHODS) or not auth_methods:
+            raise ValueError(f"TokenIssuer: auth_methods takes some of {', '.join(map(repr, _AUTH_METHODS))}")
         if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"TokenIssuer: ssl_context must be an ssl.SSLContext, not {type(ssl_context).__name__}")
-        for name, seconds in (("access_lifetime", access_lifetime), ("refresh_lifetime", refresh_lifetime)):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"TokenIssuer: {name} must be more than zero seconds and finite, not {seconds!r}")
+        _check_durations(
+            access_lifetime=access_lifetime,
+            refresh_lifetime=refresh_lifetime,
+            device_lifetime=device_lifetime,
+            device_interval=device_interval,
+        )
         self.users: Final = users if isinstance(users, UserStore) else UserStore(users)
         self.access_lifetime = access_lifetime
         self.refresh_lifetime = refresh_lifetime
+        self.device_lifetime = device_lifetime
+        self.device_interval = device_interval
+        self.one_time_assertions = True
         self.rotate_refresh_tokens = True
         self.clock_skew: float = 0.0
         self.delay: float = 0.0
@@ -180,9 +219,11 @@ class TokenIssuer:
         self.replays: int = 0
         self.revoked_families: int = 0
         self._clients: Final = dict(clients or {})
+        self._client_keys: Final = Signers("client_keys", client_keys)
+        self._trusted: Final = Signers("trusted_issuers", trusted_issuers)
         self._auth_methods: Final = tuple(auth_methods)
         self._audience: Final = audience
-        self._audiences: Final = {audience, *self._clients}
+        self._audiences: Final = {audience, *self._clients, *self._client_keys.names}
         self._algorithm: Final[Algorithm] = algorithm
         self._clock: Final = clock
         self._ssl_context: Final = ssl_context
@@ -192,6 +233,7 @@ class TokenIssuer:
         self._opaque: dict[str, str] = {}
         self._revoked: set[str] = set()
         self._families: dict[str, _Family] = {}
+        self._devices: dict[str, _Device] = {}
         self._failures: deque[_Failure] = deque()
         self._responses_to_lose = 0
         self._resetting = False
@@ -223,6 +265,7 @@ class TokenIssuer:
             raise RuntimeError("TokenIssuer: started already")
         app = web.Application(middlewares=[self._reset_connections])
         app.router.add_post("/token", self._token)
+        app.router.add_post("/device_authorization", self._authorize_device)
         app.router.add_get("/jwks.json", self._jwks)
         app.router.add_get("/.well-known/openid-configuration", self._metadata)
         app.router.add_get("/.well-known/oauth-authorization-server", self._metadata)
@@ -251,6 +294,13 @@ class TokenIssuer:
     def token_url(self) -> str:
         """The address of the token endpoint."""
         return f"{self.url}/token"
+
+    @property
+    def public_key(self) -> str:
+        """The key that its signatures are checked with at this moment, as PEM: for who trusts this issuer."""
+        key = self._signing_key.private.public_key()
+        encoding, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        return key.public_bytes(encoding, form).decode()
 
     @property
     def fetches(self) -> int:
@@ -313,6 +363,33 @@ class TokenIssuer:
             self._keys.clear()
         self._signing_key = _key(self._algorithm, self._key_number)
         self._keys[self._signing_key.id] = self._signing_key
+
+    # People at devices
+
+    def approve(self, user_code: str, user: str) -> None:
+        """Let `user` log in at the device that shows `user_code`: its next poll gets the tokens.
+
+        Raises:
+            LookupError: No device waits with this code, or the user may not log in.
+        """
+        device = self._waiting(user_code)
+        if not self.users.may_log_in(user):
+            raise LookupError(f"TokenIssuer.approve: there is no user {user!r} who may log in")
+        device.user = user
+
+    def deny(self, user_code: str) -> None:
+        """Refuse the login at the device that shows `user_code`.
+
+        Raises:
+            LookupError: No device waits with this code.
+        """
+        self._waiting(user_code).is_denied = True
+
+    def _waiting(self, user_code: str) -> _Device:
+        for device in self._devices.values():
+            if device.user_code == user_code and device.expires_at > self._issuing_time():
+                return device
+        raise LookupError("TokenIssuer: no device waits with this user code")
 
     # Troubles
 
@@ -435,25 +512,46 @@ class TokenIssuer:
             {
                 "issuer": self.url,
                 "token_endpoint": self.token_url,
+                "device_authorization_endpoint": f"{self.url}/device_authorization",
                 "jwks_uri": f"{self.url}/jwks.json",
                 "grant_types_supported": list(_GRANTS),
                 "response_types_supported": ["token"],
                 "subject_types_supported": ["public"],
                 "id_token_signing_alg_values_supported": [self._algorithm],
                 "token_endpoint_auth_methods_supported": list(self._auth_methods),
+                "token_endpoint_auth_signing_alg_values_supported": ["ES256", "RS256"],
             }
         )
+
+    async def _authorize_device(self, request: web.Request) -> web.Response:
+        self.documents[request.path] += 1
+        parameters = await _parameters(request)
+        try:
+            client = self._authenticate(request, parameters)
+        except _Refusal as refusal:
+            return refusal.response(request)
+        expires_at = self._issuing_time() + self.device_lifetime
+        device = _Device(
+            client, parameters.get("scope", ""), parameters.get("audience"), expires_at, self.device_interval
+        )
+        self._devices[device.code] = device
+        where = f"{self.url}/device"
+        answer = {
+            "device_code": device.code,
+            "user_code": device.user_code,
+            "verification_uri": where,
+            "verification_uri_complete": f"{where}?user_code={device.user_code}",
+            "expires_in": _whole(self.device_lifetime),
+            "interval": _whole(self.device_interval),
+        }
+        return web.json_response(answer, headers=_NO_STORE)
 
     async def _jwks(self, request: web.Request) -> web.Response:
         self.documents[request.path] += 1
         return web.json_response({"keys": [key.public_jwk() for key in self._keys.values()]})
 
     async def _token(self, request: web.Request) -> web.Response:
-        form = await request.post()
-        # A parameter that is repeated counts as missing (RFC 6749 section 3.2).
-        parameters = {
-            name: value for name, value in form.items() if isinstance(value, str) and len(form.getall(name)) == 1
-        }
+        parameters = await _parameters(request)
         grant = parameters.get("grant_type", "")
         self.requests[grant] += 1
         await self._pause()
@@ -463,14 +561,7 @@ class TokenIssuer:
         try:
             answer = self._exchange(grant, self._authenticate(request, parameters), parameters)
         except _Refusal as refusal:
-            headers = dict(_NO_STORE)
-            if refusal.error == "invalid_client" and "Authorization" in request.headers:
-                headers["WWW-Authenticate"] = 'Basic realm="token"'
-            return web.json_response(
-                {"error": refusal.error, "error_description": refusal.description},
-                status=_STATUS.get(refusal.error, 400),
-                headers=headers,
-            )
+            return refusal.response(request)
         await self._hold("after")
         if self._responses_to_lose:
             self._responses_to_lose -= 1
@@ -516,11 +607,13 @@ class TokenIssuer:
     def _authenticate(self, request: web.Request, parameters: Mapping[str, str]) -> str | None:
         """Return the id of the client that asks, or None if it gave none."""
         basic = _basic_credentials(request.headers.get("Authorization"))
-        posted = parameters.get("client_secret")
-        if basic is not None and posted is not None:
+        posted, asserted = parameters.get("client_secret"), parameters.get("client_assertion")
+        if sum(proof is not None for proof in (basic, posted, asserted)) > 1:
             raise _Refusal("invalid_request", "more than one client authentication method")
+        if asserted is not None:
+            return self._authenticate_by_key(asserted, parameters)
         client, secret = basic if basic is not None else (parameters.get("client_id"), posted)
-        if not self._clients:
+        if not self._clients and not self._client_keys.names:
             return client
         method = "client_secret_basic" if basic is not None else "none" if posted is None else "client_secret_post"
         expected = self._clients.get(client or "")
@@ -532,17 +625,21 @@ class TokenIssuer:
             raise _Refusal("invalid_client", "client authentication failed")
         return client
 
+    def _authenticate_by_key(self, assertion: str, parameters: Mapping[str, str]) -> str:
+        """Return the id of the client that signed `assertion` (RFC 7523 section 3)."""
+        signed = None
+        if "private_key_jwt" in self._auth_methods and parameters.get("client_assertion_type") == _CLIENT_ASSERTION:
+            signed = self._client_keys.read(assertion, self._issuing_time())
+        if signed is None or signed.subject != signed.issuer or not self._takes(signed, self._client_keys):
+            raise _Refusal("invalid_client", "client authentication failed")
+        if parameters.get("client_id", signed.subject) != signed.subject:
+            raise _Refusal("invalid_client", "client_id is not the one that signed")
+        return signed.subject
+
     def _exchange(self, grant: str, client: str | None, parameters: Mapping[str, str]) -> dict[str, object]:
         match grant:
             case "password":
-                user, password = parameters.get("username"), parameters.get("password")
-                if user is None or password is None:
-                    raise _Refusal("invalid_request", "username and password are required")
-                if not self.users.check(user, password):
-                    raise _Refusal("invalid_grant", "wrong user or password")
-                family = _Family(user, client, parameters.get("scope", ""), parameters.get("audience"))
-                self._families[family.id] = family
-                return self._pair(family)
+                return self._log_in(client, parameters)
             case "client_credentials":
                 if client is None or self._clients.get(client) == "":
                     raise _Refusal("unauthorized_client", "a public client has no credentials of its own")
@@ -551,10 +648,26 @@ class TokenIssuer:
                 )
             case "refresh_token":
                 return self._refresh(client, parameters.get("refresh_token"))
+            case "urn:ietf:params:oauth:grant-type:device_code":
+                return self._poll(client, parameters.get("device_code"))
+            case "urn:ietf:params:oauth:grant-type:jwt-bearer":
+                return self._bear(client, parameters)
+            case "urn:ietf:params:oauth:grant-type:token-exchange":
+                return self._trade(client, parameters)
             case "":
                 raise _Refusal("invalid_request", "grant_type is required, once, in a form")
             case _:
                 raise _Refusal("unsupported_grant_type", "this issuer does not know that grant")
+
+    def _log_in(self, client: str | None, parameters: Mapping[str, str]) -> dict[str, object]:
+        user, password = parameters.get("username"), parameters.get("password")
+        if user is None or password is None:
+            raise _Refusal("invalid_request", "username and password are required")
+        if not self.users.check(user, password):
+            raise _Refusal("invalid_grant", "wrong user or password")
+        family = _Family(user, client, parameters.get("scope", ""), parameters.get("audience"))
+        self._families[family.id] = family
+        return self._pair(family)
 
     def _refresh(self, client: str | None, token: str | None) -> dict[str, object]:
         if token is None:
@@ -578,6 +691,69 @@ class TokenIssuer:
             return self._answer(family.user, client, scope=family.scope, audience=family.audience)
         return self._pair(family)
 
+    def _poll(self, client: str | None, code: str | None) -> dict[str, object]:
+        """Tell a device how far its user has come (RFC 8628 section 3.5)."""
+        if code is None:
+            raise _Refusal("invalid_request", "device_code is required")
+        device = self._devices.get(code)
+        if device is None or device.client != client:
+            raise _Refusal("invalid_grant", "device code is not valid")
+        now = self._issuing_time()
+        if now >= device.expires_at:
+            raise _Refusal("expired_token", "nobody came in time")
+        if device.is_denied:
+            raise _Refusal("access_denied", "the user refused")
+        asked_at, device.asked_at = device.asked_at, now
+        if now - asked_at < device.interval:
+            device.interval += _SLOWER
+            raise _Refusal("slow_down", f"{device.interval:g} seconds are between two polls from now on")
+        if device.user is None:
+            raise _Refusal("authorization_pending", "the user has not come yet")
+        del self._devices[code]
+        family = _Family(device.user, client, device.scope, device.audience)
+        self._families[family.id] = family
+        return self._pair(family)
+
+    def _bear(self, client: str | None, parameters: Mapping[str, str]) -> dict[str, object]:
+        """Answer an assertion of somebody who is trusted (RFC 7523 sections 2.1 and 3.1)."""
+        assertion = parameters.get("assertion")
+        if assertion is None:
+            raise _Refusal("invalid_request", "assertion is required")
+        signed = self._trusted.read(assertion, self._issuing_time())
+        if signed is None or self.users.is_disabled(signed.subject) or not self._takes(signed, self._trusted):
+            raise _Refusal("invalid_grant", "assertion is not valid")
+        return self._answer(
+            signed.subject, client, scope=parameters.get("scope", ""), audience=parameters.get("audience")
+        )
+
+    def _trade(self, client: str | None, parameters: Mapping[str, str]) -> dict[str, object]:
+        """Answer a token of our own, or of somebody who is trusted, with another one (RFC 8693 section 2.2)."""
+        token = parameters.get("subject_token")
+        wanted = parameters.get("requested_token_type", f"{_TOKEN_TYPE}access_token")
+        if token is None or parameters.get("subject_token_type") not in _SUBJECT_TOKEN_TYPES:
+            raise _Refusal("invalid_request", "subject_token and a subject_token_type that is known are required")
+        if wanted != f"{_TOKEN_TYPE}access_token" or "actor_token" in parameters:
+            raise _Refusal("invalid_request", "there are access tokens here, for the subject itself, and no others")
+        subject = self._subject_of(token)
+        if subject is None or self.users.is_disabled(subject):
+            # Not invalid_grant (section 2.2.2).
+            raise _Refusal("invalid_request", "subject_token is not valid")
+        answer = self._answer(subject, client, scope=parameters.get("scope", ""), audience=parameters.get("audience"))
+        return {**answer, "issued_token_type": wanted}
+
+    def _subject_of(self, token: str) -> str | None:
+        ours = self._read(self._opaque.get(token, token), (_ACCESS, _ID))
+        if isinstance(ours, _Claims):
+            is_good = ours.expires_at > self._issuing_time() and ours.id not in self._revoked
+            return ours.subject if is_good else None
+        signed = self._trusted.read(token, self._issuing_time())
+        return None if signed is None else signed.subject
+
+    def _takes(self, assertion: Assertion, signers: Signers) -> bool:
+        """Return whether an assertion is meant for this issuer, and was not used before (RFC 7523 section 3)."""
+        is_for_us = not assertion.audiences.isdisjoint({self.url, self.token_url})
+        return is_for_us and (signers.use(assertion) or not self.one_time_assertions)
+
     def _pair(self, family: _Family) -> dict[str, object]:
         answer = self._answer(family.user, family.client, scope=family.scope, audience=family.audience)
         family.current = secrets.token_hex(8)
@@ -596,7 +772,7 @@ class TokenIssuer:
         answer: dict[str, object] = {
             "access_token": access,
             "token_type": "Bearer",
-            "expires_in": int(lifetime) if float(lifetime).is_integer() else lifetime,
+            "expires_in": _whole(lifetime),
         }
         if scope:
             answer["scope"] = scope
@@ -676,6 +852,38 @@ class _Family:
     revoked: bool = False
 
 
+def _check_durations(**durations: float) -> None:
+    for name, seconds in durations.items():
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"TokenIssuer: {name} must be more than zero seconds and finite, not {seconds!r}")
+
+
+def _whole(seconds: float) -> float:
+    """Return `seconds` as most issuers write them."""
+    return int(seconds) if float(seconds).is_integer() else seconds
+
+
+def _user_code() -> str:
+    letters = "".join(secrets.choice(_CODE_LETTERS) for _ in range(8))
+    return f"{letters[:4]}-{letters[4:]}"
+
+
+@dataclass(slots=True)
+class _Device:
+    """A device whose user is to log in elsewhere."""
+
+    client: str | None
+    scope: str
+    audience: str | None
+    expires_at: float
+    interval: float
+    code: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    user_code: str = field(default_factory=_user_code, repr=False)
+    asked_at: float = -math.inf
+    user: str | None = None
+    is_denied: bool = False
+
+
 @dataclass(slots=True)
 class _Failure:
     status: int
@@ -690,6 +898,14 @@ class _Refusal(Exception):
         super().__init__(error)
         self.error = error
         self.description = description
+
+    def response(self, request: web.Request) -> web.Response:
+        """Return it as an answer (RFC 6749 section 5.2)."""
+        headers = dict(_NO_STORE)
+        if self.error == "invalid_client" and "Authorization" in request.headers:
+            headers["WWW-Authenticate"] = 'Basic realm="token"'
+        body = {"error": self.error, "error_description": self.description}
+        return web.json_response(body, status=_STATUS.get(self.error, 400), headers=headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -714,6 +930,12 @@ def _key(algorithm: Algorithm, number: int) -> _Key:
         else rsa.generate_private_key(public_exponent=65537, key_size=2048)
     )
     return _Key(f"{algorithm}-{number}", private)
+
+
+async def _parameters(request: web.Request) -> dict[str, str]:
+    form = await request.post()
+    # A parameter that is repeated counts as missing (RFC 6749 section 3.2).
+    return {name: value for name, value in form.items() if isinstance(value, str) and len(form.getall(name)) == 1}
 
 
 def _basic_credentials(header: str | None) -> tuple[str, str] | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import ssl
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import httpx
 import jwt
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from asyncpool_creds.testing.issuer import TokenIssuer, UserStore
 
@@ -27,6 +30,11 @@ class FakeClock:
 
     def monotonic(self):
         return self.now
+
+
+def pem(private_key):
+    encoding, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    return private_key.public_key().public_bytes(encoding, form).decode()
 
 
 @pytest.fixture
@@ -267,6 +275,338 @@ async def test_clients_authenticate_by_header_or_form(http, clients, auth, form,
     assert ("WWW-Authenticate" in response.headers) is (status == 401 and auth is not None)
 
 
+# Clients that sign
+
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+CLIENT_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+
+
+@pytest.fixture
+async def of_signers(clock):
+    async with TokenIssuer(client_keys={"app": pem(KEY)}, clock=clock) as running:
+        yield running
+
+
+@pytest.fixture
+def ask_signing(of_signers, http, clock):
+    """Ask for a client's token with a signed assertion, in a way that is good but for `claims` and `form`."""
+
+    async def ask_signing(*, key=KEY, form=MappingProxyType({}), claims=MappingProxyType({})):
+        claims = {"iss": "app", "sub": "app", "aud": of_signers.token_url, "exp": clock.now + 60, "jti": "1", **claims}
+        assertion = jwt.encode({name: value for name, value in claims.items() if value is not None}, key, "ES256")
+        form = {"client_assertion_type": CLIENT_ASSERTION, "client_assertion": assertion, **form}
+        return await http.post(of_signers.token_url, data={"grant_type": "client_credentials", **form})
+
+    return ask_signing
+
+
+@pytest.mark.parametrize(
+    "good", [{}, {"claims": {"jti": None}}, {"form": {"client_id": "app"}}, {"claims": {"nbf": 1_800_000_000}}]
+)
+async def test_a_client_may_prove_itself_by_signing(ask_signing, good):
+    response = await ask_signing(**good)
+
+    assert response.status_code == 200
+    assert jwt.decode(response.json()["access_token"], options={"verify_signature": False})["sub"] == "app"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"key": ec.generate_private_key(ec.SECP256R1())},
+        {"claims": {"iss": "other", "sub": "other"}},
+        {"claims": {"sub": "other"}},
+        {"claims": {"sub": None}},
+        {"claims": {"aud": "https://elsewhere.example.com"}},
+        {"claims": {"aud": None}},
+        {"claims": {"exp": 1_800_000_000}},
+        {"claims": {"exp": None}},
+        {"claims": {"nbf": 1_800_000_001}},
+        {"claims": {"nbf": "soon"}},
+        {"form": {"client_assertion_type": "magic"}},
+        {"form": {"client_assertion": "junk"}},
+        {"form": {"client_id": "other"}},
+    ],
+)
+async def test_a_client_that_signs_wrongly_is_an_invalid_client(ask_signing, bad):
+    response = await ask_signing(**bad)
+
+    assert response.status_code == 401
+    assert response.json()["error"] == "invalid_client"
+
+
+async def test_a_clients_assertion_is_good_once_unless_that_is_switched_off(of_signers, ask_signing):
+    statuses = [(await ask_signing()).status_code for _ in range(2)]
+    of_signers.one_time_assertions = False
+    statuses.append((await ask_signing()).status_code)
+
+    assert statuses == [200, 401, 200]
+
+
+async def test_a_client_proves_itself_in_one_way(ask_signing):
+    response = await ask_signing(form={"client_secret": "too"})
+
+    assert response.json()["error"] == "invalid_request"
+
+
+async def test_a_client_that_should_sign_cannot_do_without(http):
+    async with TokenIssuer(client_keys={"app": pem(KEY)}) as issuer:
+        response = await http.post(
+            issuer.token_url, data={"grant_type": "client_credentials", "client_id": "app", "client_secret": ""}
+        )
+
+    assert response.json()["error"] == "invalid_client"
+
+
+async def test_signing_can_be_disallowed(http, clock):
+    methods = ["client_secret_basic"]
+    async with TokenIssuer(client_keys={"app": pem(KEY)}, auth_methods=methods, clock=clock) as issuer:
+        claims = {"iss": "app", "sub": "app", "aud": issuer.url, "exp": clock.now + 60}
+        proof = {"client_assertion_type": CLIENT_ASSERTION, "client_assertion": jwt.encode(claims, KEY, "ES256")}
+        response = await http.post(issuer.token_url, data={"grant_type": "client_credentials", **proof})
+
+    assert response.json()["error"] == "invalid_client"
+
+
+# Devices
+
+DEVICE = "urn:ietf:params:oauth:grant-type:device_code"
+
+
+@pytest.fixture
+def authorize_device(issuer, http):
+    async def authorize_device(**form):
+        return (await http.post(f"{issuer.url}/device_authorization", data=form)).json()
+
+    return authorize_device
+
+
+@pytest.fixture
+def poll(ask, authorize_device):
+    async def poll(device, **form):
+        return (await ask(grant_type=DEVICE, device_code=device["device_code"], **form)).json()
+
+    return poll
+
+
+async def test_a_device_gets_codes(issuer, authorize_device, http):
+    answer = await authorize_device(scope="openid")
+    metadata = (await http.get(f"{issuer.url}/.well-known/openid-configuration")).json()
+
+    assert metadata["device_authorization_endpoint"] == f"{issuer.url}/device_authorization"
+    assert DEVICE in metadata["grant_types_supported"]
+    assert (answer["expires_in"], answer["interval"]) == (600, 5)
+    assert answer["user_code"] in answer["verification_uri_complete"]
+    assert answer["verification_uri_complete"].startswith(answer["verification_uri"])
+    assert issuer.documents["/device_authorization"] == 1
+
+
+async def test_a_device_waits_for_its_user_and_gets_tokens_then(issuer, ask, authorize_device, poll, clock):
+    device = await authorize_device(scope="openid")
+    pending = await poll(device)
+    issuer.approve(device["user_code"], "ann")
+    clock.now += 5
+
+    answer = await poll(device)
+    refreshed = (await ask(grant_type="refresh_token", refresh_token=answer["refresh_token"])).json()
+
+    assert pending["error"] == "authorization_pending"
+    assert issuer.verify("ann", answer["access_token"]) is None
+    assert issuer.verify("ann", answer["id_token"]) is None
+    assert issuer.verify("ann", refreshed["access_token"]) is None
+    assert (await poll(device))["error"] == "invalid_grant"
+
+
+async def test_a_device_that_asks_too_often_has_to_slow_down(issuer, authorize_device, poll, clock):
+    issuer.device_interval = 2
+    device = await authorize_device()
+    await poll(device)
+    issuer.approve(device["user_code"], "ann")
+
+    errors = []
+    for seconds in (1.9, 6.9, 12):
+        clock.now += seconds
+        errors.append((await poll(device)).get("error"))
+
+    assert errors == ["slow_down", "slow_down", None]
+
+
+async def test_a_login_at_a_device_can_be_denied(issuer, authorize_device, poll):
+    device = await authorize_device()
+
+    issuer.deny(device["user_code"])
+
+    assert (await poll(device))["error"] == "access_denied"
+
+
+async def test_a_code_of_a_device_ends(issuer, authorize_device, poll, clock):
+    issuer.device_lifetime = 60
+    device = await authorize_device()
+
+    clock.now += 60
+
+    assert (await poll(device))["error"] == "expired_token"
+    with pytest.raises(LookupError, match="no device"):
+        issuer.approve(device["user_code"], "ann")
+
+
+async def test_a_code_belongs_to_the_client_it_was_given_to(issuer, authorize_device, poll):
+    device = await authorize_device(client_id="app")
+    issuer.approve(device["user_code"], "ann")
+
+    assert (await poll(device, client_id="other"))["error"] == "invalid_grant"
+    assert "access_token" in await poll(device, client_id="app")
+
+
+async def test_only_who_may_log_in_is_let_in_at_a_device(issuer, authorize_device):
+    device = await authorize_device()
+
+    with pytest.raises(LookupError, match="no user 'bob'"):
+        issuer.approve(device["user_code"], "bob")
+    with pytest.raises(LookupError, match="no device"):
+        issuer.deny("junk")
+
+
+async def test_only_clients_that_are_known_get_codes_for_devices(http):
+    async with TokenIssuer(clients={"app": ""}) as issuer:
+        response = await http.post(f"{issuer.url}/device_authorization", data={"client_id": "other"})
+
+    assert response.status_code == 401
+    assert response.json()["error"] == "invalid_client"
+
+
+# Assertions, and tokens in exchange for others
+
+BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
+TOKEN_TYPE = "urn:ietf:params:oauth:token-type:"
+
+
+@pytest.fixture
+async def cluster(clock):
+    """Somebody whose tokens the trusting issuer takes: a Kubernetes cluster, say."""
+    async with TokenIssuer(clock=clock, algorithm="RS256") as running:
+        running.rotate_key()  # else it would have the key of every other issuer
+        yield running
+
+
+@pytest.fixture
+async def trusting(clock, cluster):
+    trusted = {cluster.url: cluster.public_key}
+    async with TokenIssuer({"ann": "planted-password"}, trusted_issuers=trusted, clock=clock) as running:
+        yield running
+
+
+@pytest.fixture
+def bear(trusting, http):
+    async def bear(assertion, **form):
+        return (await http.post(trusting.token_url, data={"grant_type": BEARER, "assertion": assertion, **form})).json()
+
+    return bear
+
+
+@pytest.fixture
+def trade(trusting, http):
+    async def trade(token, kind="jwt", **form):
+        form = {"grant_type": EXCHANGE, "subject_token": token, "subject_token_type": TOKEN_TYPE + kind, **form}
+        return (await http.post(trusting.token_url, data=form)).json()
+
+    return trade
+
+
+async def test_an_assertion_of_somebody_trusted_gives_an_access_token(trusting, cluster, bear):
+    answer = await bear(cluster.mint("worker", audience=trusting.url), scope="openid")
+
+    assert trusting.verify("worker", answer["access_token"]) is None
+    assert trusting.verify("worker", answer["id_token"]) is None
+    assert "refresh_token" not in answer
+    assert trusting.requests == {BEARER: 1}
+
+
+async def test_an_assertion_is_good_once_and_for_its_audience_and_while_it_lasts(trusting, cluster, bear):
+    used = cluster.mint("worker", audience=trusting.token_url)
+    await bear(used)
+    cluster.rotate_key()
+
+    answers = [
+        await bear(assertion)
+        for assertion in (
+            used,
+            cluster.mint("worker", audience=trusting.url),  # with a key that is not trusted
+            cluster.mint("worker", audience="elsewhere"),
+            trusting.mint("worker", audience=trusting.url),
+            "junk",
+        )
+    ]
+
+    assert [answer["error"] for answer in answers] == ["invalid_grant"] * 5
+
+
+async def test_an_expired_assertion_is_refused(trusting, cluster, bear):
+    assert (await bear(cluster.mint("worker", audience=trusting.url, lifetime=-1)))["error"] == "invalid_grant"
+
+
+async def test_an_assertion_may_be_used_again_if_that_is_switched_on(trusting, cluster, bear):
+    trusting.one_time_assertions = False
+    assertion = cluster.mint("worker", audience=trusting.url)
+
+    answers = [await bear(assertion) for _ in range(2)]
+
+    assert all("access_token" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("grant", [BEARER, EXCHANGE])
+async def test_the_token_itself_is_required(trusting, http, grant):
+    response = await http.post(trusting.token_url, data={"grant_type": grant})
+
+    assert response.json()["error"] == "invalid_request"
+
+
+async def test_a_disabled_user_is_refused_whoever_speaks_for_him(trusting, cluster, bear, trade):
+    trusting.users.disable("ann")
+    token = cluster.mint("ann", audience=trusting.url)
+
+    assert (await bear(token))["error"] == "invalid_grant"
+    assert (await trade(token))["error"] == "invalid_request"
+
+
+async def test_a_token_is_exchanged_for_one_with_another_audience(trusting, cluster, trade):
+    answer = await trade(cluster.mint("worker"), audience="database")
+    claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
+
+    assert answer["issued_token_type"] == f"{TOKEN_TYPE}access_token"
+    assert (claims["iss"], claims["sub"], claims["aud"]) == (trusting.url, "worker", "database")
+    assert "refresh_token" not in answer
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+async def test_the_issuers_own_tokens_can_be_exchanged(trusting, http, trade, opaque):
+    trusting.opaque_access_tokens = opaque
+    token = (await http.post(trusting.token_url, data=LOGIN)).json()["access_token"]
+    answer = await trade(token, "access_token")
+
+    trusting.revoke(token)
+
+    assert trusting.verify("ann", answer["access_token"]) is None
+    assert (await trade(token, "access_token"))["error"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"subject_token_type": "magic"},
+        {"subject_token": "junk"},
+        {"requested_token_type": f"{TOKEN_TYPE}saml2"},
+        {"actor_token": "somebody"},
+    ],
+)
+async def test_an_exchange_that_is_not_offered_is_an_invalid_request(cluster, trade, form):
+    answer = await trade(cluster.mint("worker"), **form)
+
+    assert answer["error"] == "invalid_request"
+
+
 async def test_an_unreadable_authorization_header_is_an_invalid_client(issuer, http):
     response = await http.post(issuer.token_url, data=LOGIN, headers={"Authorization": "Basic %%%"})
 
@@ -462,6 +802,10 @@ async def test_it_starts_once_and_closes_any_number_of_times():
     ("arguments", "names"),
     [
         ({"algorithm": "HS256"}, "algorithm"),
+        ({"device_lifetime": 0}, "device_lifetime"),
+        ({"device_interval": -1}, "device_interval"),
+        ({"client_keys": {"app": "no key"}}, "client_keys"),
+        ({"trusted_issuers": {"cluster": pem(ec.generate_private_key(ec.SECP384R1()))}}, "trusted_issuers"),
         ({"auth_methods": ["magic"]}, "auth_methods"),
         ({"auth_methods": "none"}, "auth_methods"),
         ({"access_lifetime": 0}, "access_lifetime"),

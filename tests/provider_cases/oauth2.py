@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from support import secret
 
@@ -13,20 +14,51 @@ from asyncpool_creds.testing.issuer import TokenIssuer
 from asyncpool_creds.testing.postgres import PostgresServer
 from provider_cases import Case, Life
 
+CLIENT = {"client_id": "app", "client_secret": secret("app")}
 
-@asynccontextmanager
-async def oauth2_case() -> AsyncIterator[Case]:
-    async with TokenIssuer({"ada": secret("ada")}, clients={"app": secret("app")}) as issuer:
-        source = OAuth2(
-            issuer.url, client_id="app", client_secret=secret("app"), username="ada", password=secret("ada"), user="ada"
-        )
 
-        async def heal() -> None:
-            issuer.heal()
-            await issuer.come_up()
+def password(issuer: TokenIssuer, cluster: TokenIssuer) -> dict[str, Any]:
+    return {"username": "ada", "password": secret("ada")}
 
-        yield Case(source, issuer.go_down, issuer.hang, issuer.reached, heal)
-        await source.aclose()
+
+def device(issuer: TokenIssuer, cluster: TokenIssuer) -> dict[str, Any]:
+    return {"prompt": lambda prompt: issuer.approve(prompt.user_code, "ada")}
+
+
+def jwt_bearer(issuer: TokenIssuer, cluster: TokenIssuer) -> dict[str, Any]:
+    return {"assertion": lambda: cluster.mint("ada", audience=issuer.url)}
+
+
+def token_exchange(issuer: TokenIssuer, cluster: TokenIssuer) -> dict[str, Any]:
+    return {"subject_token": lambda: cluster.mint("ada", audience=issuer.url)}
+
+
+def case_of(
+    login: Callable[[TokenIssuer, TokenIssuer], dict[str, Any]],
+) -> Callable[[], AbstractAsyncContextManager[Case]]:
+    """Return what makes the case of a grant; `login` makes its arguments."""
+
+    @asynccontextmanager
+    async def case() -> AsyncIterator[Case]:
+        async with (
+            TokenIssuer(algorithm="RS256") as cluster,
+            TokenIssuer(
+                {"ada": secret("ada")},
+                clients={"app": secret("app")},
+                trusted_issuers={cluster.url: cluster.public_key},
+                device_interval=0.01,
+            ) as issuer,
+        ):
+            source = OAuth2(issuer.url, user="ada", **CLIENT, **login(issuer, cluster))
+
+            async def heal() -> None:
+                issuer.heal()
+                await issuer.come_up()
+
+            yield Case(source, issuer.go_down, issuer.hang, issuer.reached, heal)
+            await source.aclose()
+
+    return case
 
 
 @asynccontextmanager
@@ -37,5 +69,10 @@ async def oauth2_life() -> AsyncIterator[Life]:
             yield Life(door.dsn(user="ada"), OAuth2(issuer.url, username="ada", password=secret("ada")))
 
 
-CASES = {"OAuth2": oauth2_case}
+CASES = {
+    "OAuth2": case_of(password),
+    "OAuth2 device": case_of(device),
+    "OAuth2 JWT bearer": case_of(jwt_bearer),
+    "OAuth2 token exchange": case_of(token_exchange),
+}
 LIVES = {"OAuth2": oauth2_life}

@@ -1,0 +1,274 @@
+"""Many processes share one login, and some of them are killed: no refresh token is ever sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import httpx
+import pytest
+from oauth2_worker import STEPS_AFTER_THE_SAVE, STEPS_BEFORE_THE_MARK, STEPS_UNTIL_THE_SAVE
+from redis_server import RedisServer
+from storages import Place
+from support import secret
+
+from asyncpool_creds import ProviderError
+from asyncpool_creds.providers.oauth2 import OAuth2
+from asyncpool_creds.testing.issuer import TokenIssuer
+
+pytestmark = pytest.mark.anyio
+
+LOGIN = {"username": "ann", "password": secret("password")}
+PROCESSES = 8
+EXPIRIES = 50
+WORKER = Path(__file__).parents[2] / "oauth2_worker.py"
+
+
+@pytest.fixture(scope="session")
+def anyio_backend():
+    # The processes have a loop of their own; that of the issuer makes no difference.
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def redis():
+    with RedisServer(password=secret("redis")) as server:
+        yield server
+
+
+@pytest.fixture(params=["file", "redis"])
+def place(request, tmp_path, redis):
+    return Place(request.param, str(tmp_path), redis.url(), lock_lifetime=0.5)
+
+
+@pytest.fixture(scope="module")
+def mother():
+    """The process that all others are forked from, so that what they import is imported once."""
+    with subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+class Worker:
+    """Another process."""
+
+    def __init__(self, reader, writer):
+        self._reader, self._writer = reader, writer
+        self._pid = None
+
+    def tell(self, what):
+        self._writer.write(json.dumps(what).encode() + b"\n")
+
+    async def hear(self):
+        return json.loads(await self._reader.readline())
+
+    async def fetch(self):
+        self.tell("fetch")
+        return await self.hear()
+
+    async def listens(self):
+        """Return when it has taken note of what it was told; it must not have anything to say about that yet."""
+        self.tell("tell the pid")
+        self._pid = (await self.hear())["pid"]
+
+    def kill(self):
+        os.kill(self._pid, signal.SIGKILL)
+
+    def leave(self):
+        self._writer.close()
+
+
+@pytest.fixture
+async def workers(mother, place):
+    """Start processes with a provider that is made with the given arguments; they end with the test."""
+    arrivals = asyncio.Queue()
+    server = await asyncio.start_server(lambda *streams: arrivals.put_nowait(streams), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    started = []
+
+    async def start(number=1, **arguments):
+        for _ in range(number):
+            print(json.dumps([port, asdict(place), arguments]), file=mother.stdin, flush=True)
+        for _ in range(number):
+            started.append(worker := Worker(*await arrivals.get()))
+            await worker.listens()
+        return started[-number:]
+
+    yield start
+    for worker in started:
+        worker.leave()
+    server.close()
+
+
+@pytest.fixture
+async def issuer():
+    async with TokenIssuer({"ann": secret("password")}, clients={"app": secret("client")}) as running:
+        yield running
+
+
+@pytest.fixture
+async def login(issuer):
+    """Arguments of a provider that has a refresh token and nothing else."""
+    client = {"client_id": "app", "client_secret": secret("client")}
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(issuer.token_url, data={"grant_type": "password", **client, **LOGIN})
+    issuer.requests.clear()
+    refresh_token = answer.json()["refresh_token"]
+    return {"issuer": issuer.url, **client, "refresh_token": refresh_token, "storage_key": "service"}
+
+
+@asynccontextmanager
+async def survivor(place, arguments):
+    async with place.opened() as storage:
+        provider = OAuth2(storage=storage, **arguments)
+        yield provider
+        await provider.aclose()
+
+
+# Eight processes, and fifty tokens that expire
+
+
+async def test_eight_processes_make_one_exchange_for_each_of_fifty_expiries(workers, issuer, login):
+    processes = await workers(PROCESSES, **login)
+
+    tokens = []
+    for _ in range(EXPIRIES):
+        answers = await asyncio.gather(*(process.fetch() for process in processes))
+        tokens.append({answer.get("token") for answer in answers})
+
+    assert [len(each) for each in tokens] == [1] * EXPIRIES
+    assert len(set.union(*tokens) - {None}) == EXPIRIES
+    assert issuer.requests == {"refresh_token": EXPIRIES}
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
+async def test_eight_processes_make_one_fetch_for_each_expiry_where_there_are_no_refresh_tokens(workers, issuer):
+    client = {"client_id": "app", "client_secret": secret("client")}
+    processes = await workers(PROCESSES, issuer=issuer.url, **client)
+
+    for _ in range(10):
+        answers = await asyncio.gather(*(process.fetch() for process in processes))
+        assert len({answer["token"] for answer in answers}) == 1
+
+    assert issuer.requests == {"client_credentials": 10}
+
+
+async def test_managers_of_eight_processes_share_each_token_for_the_most_of_its_life(workers, issuer, login):
+    life = issuer.access_lifetime = 1.0
+    processes = await workers(PROCESSES, **login)
+    start = time.monotonic()
+
+    async def tokens_of(process):
+        process.tell("manage")
+        tokens = [(await process.hear())["token"] for _ in range(3)]
+        process.tell("stop managing")
+        while "token" in (last := await process.hear()):
+            tokens.append(last["token"])
+        return tokens
+
+    tokens = await asyncio.gather(*(tokens_of(process) for process in processes))
+    elapsed = time.monotonic() - start
+
+    # A manager refreshes when four fifths of the life are over; nobody does before, whoever has fetched the token.
+    assert issuer.fetches <= elapsed / (0.75 * life) + 1
+    assert issuer.fetches == len({token for each in tokens for token in each})
+    assert issuer.requests.keys() == {"refresh_token"}
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
+# Killed
+
+
+async def survive(place, login, *, is_lost):
+    """Go on after somebody was killed: with a refresh token alone, and then with a password as well."""
+    async with survivor(place, login) as provider:
+        # What the dead had fetched before is still good.
+        await provider.fetch()
+        if is_lost:
+            with pytest.raises(ProviderError, match="A new login is needed") as caught:
+                await provider.fetch()
+            assert not caught.value.retryable
+        else:
+            await provider.fetch()
+    async with survivor(place, {**login, **LOGIN, "storage_key": "service"}) as provider:
+        passwords = {(await provider.fetch()).password for _ in range(3)}
+    assert len(passwords) == 3
+
+
+async def kill_at(step, workers, login):
+    """Kill a process that has come to this step of an exchange."""
+    (victim,) = await workers(**login)
+    assert "token" in await victim.fetch()
+    victim.tell(step)
+    victim.tell("fetch")
+    assert await victim.hear() == {"stopped": step}
+    victim.kill()
+
+
+@pytest.mark.parametrize("step", [*STEPS_BEFORE_THE_MARK, *STEPS_AFTER_THE_SAVE])
+async def test_who_is_killed_before_or_after_an_exchange_leaves_a_token_to_go_on_with(
+    workers, place, issuer, login, step
+):
+    await kill_at(step, workers, login)
+
+    await survive(place, login, is_lost=False)
+
+    assert issuer.requests.keys() == {"refresh_token"}
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
+@pytest.mark.parametrize("step", STEPS_UNTIL_THE_SAVE)
+async def test_who_is_killed_in_an_exchange_leaves_word_that_a_login_is_needed(workers, place, issuer, login, step):
+    await kill_at(step, workers, login)
+
+    await survive(place, login, is_lost=True)
+
+    assert issuer.requests["password"] == 1
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
+@pytest.mark.parametrize("after_exchange", [False, True])
+async def test_who_is_killed_while_the_issuer_is_at_work_leaves_word_that_a_login_is_needed(
+    workers, place, issuer, login, after_exchange
+):
+    (victim,) = await workers(**login)
+    await victim.fetch()
+    issuer.hang(after_exchange=after_exchange)
+    victim.tell("fetch")
+    await issuer.reached()
+    victim.kill()
+    issuer.resume()
+
+    await survive(place, login, is_lost=True)
+
+    assert issuer.requests["password"] == 1
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
+async def test_those_who_waited_for_one_who_was_killed_go_on(workers, place, issuer, login):
+    victim, *others = await workers(3, **login, **LOGIN)
+    for process in (victim, *others):
+        await process.fetch()
+    victim.tell("answer received")
+    victim.tell("fetch")
+    await victim.hear()
+    for process in others:
+        process.tell("fetch")
+        await process.listens()
+
+    victim.kill()
+    tokens = {(await process.hear())["token"] for process in others}
+
+    assert len(tokens) == 1
+    assert issuer.requests == {"refresh_token": 2, "password": 1}
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
