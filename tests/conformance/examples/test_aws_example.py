@@ -1,0 +1,72 @@
+"""The examples of AWS run, in a container with a role."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio.to_thread
+import pytest
+from aws_stub import REGION, AwsStub, environment
+from support import secret
+
+from asyncpool_creds.testing.door import TokenDoor
+from asyncpool_creds.testing.postgres import PostgresServer
+from asyncpool_creds.testing.sigv4 import SigV4Verifier
+
+pytestmark = pytest.mark.anyio
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+async def run(example: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return await anyio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [sys.executable, "-W", "error", str(EXAMPLES / example)],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    )
+
+
+async def test_the_rds_example_runs() -> None:
+    verifier = SigV4Verifier(region=REGION, host="127.0.0.1")
+    stub = AwsStub(verifier, lifetime=3600)
+    async with PostgresServer() as server, stub.running(), TokenDoor(server, verifier.verify) as door:
+        await server.create_role("app")
+        verifier.port = door.port
+        with environment(AWS_CONTAINER_CREDENTIALS_FULL_URI=f"{stub.url}/container", AWS_DEFAULT_REGION=REGION):
+            done = await run("aws_rds_iam.py", DATABASE_URL=door.dsn(user="app"))
+
+    assert done.stderr == ""
+    first, second = done.stdout.splitlines()
+    assert first == "connected as app"
+    assert 890 < int(second.rpartition(" ")[2]) <= 900
+
+
+async def test_the_secrets_manager_example_runs() -> None:
+    stub = AwsStub(lifetime=3600)
+    document = {"username": "app", "password": secret()}
+    stub.secret = {"SecretString": json.dumps(document), "VersionId": "v1"}
+    async with (
+        PostgresServer() as server,
+        stub.running(),
+        TokenDoor(server, lambda user, password: None if password == document["password"] else "no") as door,
+    ):
+        await server.create_role("app")
+        variables = {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{stub.url}/container",
+            "AWS_ENDPOINT_URL_SECRETS_MANAGER": stub.url,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+        with environment(**variables):
+            done = await run("aws_secrets_manager.py", DATABASE_URL=door.dsn(user="nobody"), SECRET="db")
+
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["connected as app", "connected as app"]
