@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
+import json
+import os
 import resource
+import subprocess
+import sys
 import time
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import anyio.to_thread
 
 # What a step may take before other tasks feel it.
 LIMIT = 0.010
@@ -23,8 +31,7 @@ class LagProbe:
 
     A step counts as blocking if it computes for longer than the limit, or if it takes longer than the limit and the
     thread went to sleep in it. Being put aside by the machine for the sake of other processes is neither; waiting for
-    another thread of this one to give up the interpreter looks like the latter, so what blocks only now and then is no
-    proof.
+    another thread of this one that was put aside looks like the latter, so what blocks only now and then is no proof.
 
     Attributes:
         steps: How many were measured.
@@ -37,6 +44,9 @@ class LagProbe:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Measure the refreshes of every token manager in the running loop."""
+        # What other tests have left, the collector would go through for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         loop = asyncio.get_running_loop()
         before = loop.get_task_factory()
 
@@ -54,6 +64,7 @@ class LagProbe:
             yield
         finally:
             loop.set_task_factory(before)
+            gc.unfreeze()
 
 
 class _Timed(Coroutine[Any, Any, Any]):
@@ -93,3 +104,53 @@ class _Timed(Coroutine[Any, Any, Any]):
 def _sleeps() -> int:
     """Return how often this thread has gone to sleep of its own accord (getrusage(2), Linux)."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+async def watch(refresh: Callable[[], Awaitable[object]], *, attempts: int = 3) -> LagProbe:
+    """Return the probe of the first attempt in which nothing blocked, or of the last one."""
+    for _ in range(attempts):
+        probe = LagProbe()
+        with probe.watching():
+            await refresh()
+        if not probe.blocking:
+            break
+    return probe
+
+
+async def watch_cold(imports: str, provider: str, environment: Mapping[str, str] | None = None) -> LagProbe:
+    """Return what `watch` does, of the first fetch of a process, with everything that is imported for it.
+
+    Args:
+        imports: The line that imports the provider's class.
+        provider: The expression that makes the provider.
+        environment: More variables.
+    """
+    command = [sys.executable, "-c", _COLD.format(imports=imports, provider=provider), str(Path(__file__).parent)]
+    variables = {**os.environ, **(environment or {})}
+    for _ in range(3):
+        done = await anyio.to_thread.run_sync(
+            lambda: subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        )
+        assert done.stderr == ""
+        probe = LagProbe(*json.loads(done.stdout))
+        if not probe.blocking:
+            break
+    return probe
+
+
+_COLD = """
+import asyncio, json, sys
+sys.path[:0] = sys.argv[1:2]
+from lag_probe import LagProbe
+from asyncpool_creds import TokenManager
+{imports}
+
+async def main():
+    probe = LagProbe()
+    with probe.watching():
+        async with TokenManager({provider}) as manager:
+            await manager.get()
+    print(json.dumps([probe.steps, probe.blocking]))
+
+asyncio.run(main())
+"""

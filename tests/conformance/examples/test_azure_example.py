@@ -1,0 +1,42 @@
+"""examples/azure_entra.py runs, on a virtual machine with an identity."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio.to_thread
+import pytest
+from metadata_stubs import MetadataStub, azure_environment, virtual_machine
+
+from asyncpool_creds.testing.door import TokenDoor
+from asyncpool_creds.testing.postgres import PostgresServer
+
+pytestmark = pytest.mark.anyio
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "azure_entra.py"
+
+
+@pytest.mark.parametrize(("claims", "user"), [({"upn": "ada"}, None), (None, "ada")])
+async def test_the_azure_example_runs(claims: dict[str, str] | None, user: str | None) -> None:
+    with MetadataStub(claims=claims) as stub, azure_environment(**virtual_machine(stub)):
+        async with PostgresServer() as server, TokenDoor(server, stub.verify) as door:
+            await server.create_role("ada")
+            environment = {**os.environ, "DATABASE_URL": door.dsn()} | ({"ENTRA_USER": user} if user else {})
+            done = await anyio.to_thread.run_sync(
+                lambda: subprocess.run(
+                    [sys.executable, "-W", "error", str(EXAMPLE)],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    check=False,
+                )
+            )
+
+    assert done.stderr == ""
+    first, second = done.stdout.splitlines()
+    assert first == "connected as ada"
+    assert 0 < int(second.rpartition(" ")[2]) <= 300
