@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -97,10 +100,50 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def extras(session: nox.Session) -> None:
+    """Each extra by itself: enough for what it is named after, and for the examples that need no other."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    examples: dict[str, list[Path]] = {}
+    for example in sorted(Path("examples").glob("*.py")):
+        needed = _extras_of(example)
+        if len(needed) == 1:
+            examples.setdefault(needed.pop(), []).append(example.resolve())
+    for extra in project["optional-dependencies"]:
+        empty = Path(session.create_tmp()).resolve() / extra
+        session.run("python", "-m", "venv", "--clear", "--without-pip", str(empty))
+        pip = ("python", "-m", "pip", "--python", str(empty), "install", "--quiet")
+        session.run(*pip, f".[{extra}]")
+        modules = [f"asyncpool_creds.{room}.{extra}" for room in ("providers", "storage")]
+        code = f"""
+import importlib.util, runpy
+
+found = [name for name in {modules} if importlib.util.find_spec(name)]
+for name in found:
+    importlib.import_module(name)
+for example in {[os.fspath(path) for path in examples.get(extra, [])]}:
+    runpy.run_path(example)
+    found.append(example)
+print("{extra}:", *found)
+"""
+        session.run(str(empty / "bin" / "python"), "-I", "-W", "error", "-c", code, external=True)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Against plain asyncpg in the same run; ``nox -s benchmarks -- --quick`` for a first look."""
     session.install("--group", "test", "-e", ".")
     session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+def _extras_of(example: Path) -> set[str]:
+    """Return the extras that the modules of ours need which an example imports."""
+    tree = ast.parse(example.read_text(encoding="utf-8"))
+    modules = {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    ours = {name.split(".")[2] for name in modules if name.startswith("asyncpool_creds.") and name.count(".") == 2}
+    extras = {"oauth2", "globus", "vault", "aws", "azure", "gcp", "keyring", "redis"} & ours
+    foreign = {name.split(".")[0] for name in modules} & {"fastapi", "rich", "uvicorn", "sqlalchemy"}
+    return extras | foreign | ({"testing"} if any(".testing" in name for name in modules) else set())
 
 
 def _files(directory: str) -> set[str]:

@@ -18,14 +18,18 @@ PACKAGE = Path(asyncpool_creds.__file__).parent
 CORE = [
     *("_errors", "_clock", "_fork"),
     *("_expiry", "_credential", "_policy", "_events", "_provider"),
-    "_manager",
+    *("_manager", "_managers"),
     *("_target", "_connector", "_slots", "_rotation", "_pool"),
 ]
 WITH_ASYNCPG = {"_target", "_connector", "_slots", "_rotation", "_pool"}
 WITH_ASYNCPG_PRIVATES = {"_slots", "_pool"}
 FOR_PROVIDERS = {"_credential", "_expiry", "_errors", "_clock", "_events", "_provider", "storage"}
 # What several sources have in common; each may import what stands before it, and every source all of them.
-SHARED_BY_PROVIDERS = ["_http", "_token_endpoint", "_exchange"]
+SHARED_BY_PROVIDERS = [
+    *("_arguments", "_retry_after", "_document", "_http"),
+    *("_token_endpoint", "_exchange"),
+    *("_vault_login", "_vault_server"),
+]
 FOR_STORAGE = set(CORE[: CORE.index("_manager")])
 ON_TOP = {"testing", "cli", "integrations"}
 

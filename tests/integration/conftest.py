@@ -18,8 +18,8 @@ from asyncpool_creds.testing import RecordingObserver, ScriptedProvider, Virtual
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.postgres import PostgresServer
 
-# A test that hangs is stopped; none takes a tenth of this.
-_TIME_LIMIT = 15.0
+# A test that hangs is stopped; those that live through real lifetimes take a quarter of this.
+_TIME_LIMIT = 30.0
 
 
 @pytest.hookimpl(tryfirst=True)
