@@ -57,6 +57,14 @@ def tests(session: nox.Session, asyncpg: str) -> None:
 
 
 @nox.session
+def floors(session: nox.Session) -> None:
+    """What needs nothing but the core, with the oldest versions that it says it works with."""
+    session.install("-e", ".[demo]", "asyncpg==0.30.0", "anyio==4.4.0", "sniffio", "pytest", "hypothesis", "uvloop")
+    tests = ["tests/unit", "--ignore=tests/unit/test_sigv4.py", "tests/property", "tests/integration/test_pool_life.py"]
+    session.run("pytest", *tests, *session.posargs)
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Branch coverage over all test runs combined."""
     session.install("coverage[toml]>=7.10")
