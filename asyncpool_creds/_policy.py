@@ -138,7 +138,9 @@ class RefreshPolicy:
         latest = max(usable_for - margin, usable_for / 2)
         asked = lifetime - threshold if hint is None else hint
         refresh_in = min(asked, latest)
-        refresh_in += (usable_for - refresh_in) * JITTER_SHARE * chance
+        # Where the source wants to be asked soon, no more than a tenth of that: a look is not the end of a life.
+        spread = usable_for - refresh_in if hint is None else min(usable_for - refresh_in, hint)
+        refresh_in += spread * JITTER_SHARE * chance
         return RefreshPlan(refresh_in, usable_for, lifetime, threshold_cut, margin_cut)
 
     @staticmethod

@@ -217,6 +217,10 @@ class JWTAuth(Unpicklable):
             token = await _read_file(self.jwt_file)
         else:
             token = await self.jwt() if callable(self.jwt) else self.jwt or ""
+            if not isinstance(token, str) or not token:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ProviderError(
+                    "vault: the function that JWTAuth was given returned no token; it must return one, as a str"
+                )
         document = {"jwt": token} if self.role is None else {"role": self.role, "jwt": token}
         advice = "check role and mount, and that the token is not expired and meets the role's audience and claims"
         return VaultLogin(_login_path("JWTAuth", self.mount), document, advice)

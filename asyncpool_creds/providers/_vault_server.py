@@ -161,16 +161,17 @@ class Vault:
         """Return the token with a later end, if Vault gives it one."""
         answer = await self.ask("POST", "auth/token/renew-self", token=token, document={})
         if isinstance(answer, Failure):
-            if answer.error.retryable:
+            # 500: the auth method will not have it, because the role has gone or has other policies by now.
+            if answer.error.retryable and answer.status != 500:
                 raise answer.error from answer.cause
             return token
         auth = object_in(answer.members, "auth")
         life = life_of(auth.get("lease_duration"))
         if life is None:
             return token
-        renewed = replace(token, expires_at=_end(answer.requested_at, life), is_renewable=auth.get("renewable") is True)
-        self.held = renewed
-        return renewed
+        end = answer.requested_at + life
+        self.held = replace(token, expires_at=end, is_renewable=auth.get("renewable") is True)
+        return self.held
 
     async def _log_in(self) -> Token:
         """Get another token, or the same one anew, and hold it."""
@@ -196,7 +197,8 @@ class Vault:
         return Token(
             secret,
             term=life,
-            expires_at=_end(answer.requested_at, life),
+            # Zero is for ever.
+            expires_at=answer.requested_at + life if life else None,
             is_renewable=auth.get("renewable") is True,
             is_ours=True,
             is_revocable=auth.get("token_type") != "batch",
@@ -378,7 +380,7 @@ def _complaint(members: Mapping[str, object], secrets: list[str]) -> str:
     if deleted_at := object_in(object_in(members, "data"), "metadata").get("deletion_time"):
         said.append(f"its latest version was deleted at {deleted_at}")
     text = "; ".join(said)
-    for secret in secrets:
+    for secret in filter(None, secrets):
         text = text.replace(secret, "[redacted]")
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
@@ -399,11 +401,6 @@ def life_of(value: object) -> timedelta | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         return None
     return timedelta(seconds=min(value, _LONGEST_LIFE))
-
-
-def _end(requested_at: datetime, life: timedelta) -> datetime | None:
-    """Return when a token ends that has so long to live; zero is for ever."""
-    return requested_at + life if life else None
 
 
 def _or_environment(owner: str, argument: str, value: str | None, name: str) -> str | None:

@@ -69,10 +69,7 @@ class Environment:
         user = self._user if self._user_variable is None else _value_of(self._user_variable)
         password = _value_of(self._variable)
         now = datetime.fromtimestamp(self._clock.time(), UTC)
-        try:
-            return Credential.from_token(password, user=user, requested_at=now)
-        except ValueError as error:
-            raise ProviderError(f"environment: {self._variable} is not UTF-8 text", retryable=False) from error
+        return Credential.from_token(password, user=user, requested_at=now)
 
 
 class Static:
@@ -117,4 +114,7 @@ def _value_of(variable: str) -> str:
         raise ProviderError(
             f"environment: {variable} is set, but empty; is the secret that it is filled from?", retryable=False
         )
+    # What os.environ makes of bytes that it cannot decode.
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ProviderError(f"environment: {variable} is not UTF-8 text; was a binary secret put in?", retryable=False)
     return value

@@ -55,8 +55,7 @@ class File:
         expires_at_key: The member with the time at which the server will refuse the password: seconds since 1970, or
             ISO 8601 with its time zone; it may be missing. A JSON Web Token says so itself; the earlier one counts.
         check_every: Seconds, or a timedelta, after which a manager looks for a change; None: only before the
-            expiry, or when the server refuses the password. A manager looks no sooner than after 30 seconds (a quarter
-            of the time that is left, if that is less) while it finds nothing new.
+            expiry, or when the server refuses the password. Less than a second counts as one.
         clock: Where the time comes from; the machine's clocks if not given.
 
     Raises:

@@ -47,6 +47,7 @@ __all__ = [
 # Vault looks for static roles that are due every five seconds (queueTickInterval of the database engine), later ones
 # after failures, and cuts their ttl to whole seconds. Until then the old password is good, so it is not called expired
 # sooner. Twice the ten seconds of minimum validity must fit in, or managers would ask before the ttl has passed.
+_VAULTS_INTERVAL: Final = timedelta(seconds=5)
 _ROTATION_GRACE: Final = timedelta(seconds=30)
 _ROUNDED_OFF: Final = timedelta(seconds=1)
 
@@ -151,8 +152,7 @@ class VaultDatabase(_Provider):
             ProviderError: Vault gave none; ``retryable`` is False if it refused for good.
             ProviderTimeout: It did not answer in time.
         """
-        if self._vault.leave_parent():
-            self._lease, self._leases = None, {}
+        self._leave_parent()
         lease = self._lease
         token = self._fit_for_leases(await self._vault.token(timedelta() if lease is None else lease.term))
         self._forget_ended()
@@ -176,8 +176,7 @@ class VaultDatabase(_Provider):
             ProviderError: It did not; the lease lives until its own end, or until `aclose`.
         """
         self.invalidate(credential)
-        if self._vault.leave_parent():
-            self._lease, self._leases = None, {}
+        self._leave_parent()
         lease = self._leases.get(credential.version or "")
         token = self._vault.held
         if lease is None or token is None or not self._revoke:
@@ -192,11 +191,15 @@ class VaultDatabase(_Provider):
 
         A later `fetch` logs in again. What cannot be revoked is a `RevocationFailed` event, and ends by itself.
         """
-        if self._vault.leave_parent():
-            self._leases = {}
+        self._leave_parent()
         leases = {lease.identifier: lease.token for lease in self._leases.values()}
         self._lease, self._leases = None, {}
         await self._vault.aclose(revoke=self._revoke, leases=leases)
+
+    def _leave_parent(self) -> None:
+        """Forget what was leased before a fork: it is the parent's to renew and to revoke."""
+        if self._vault.leave_parent():
+            self._lease, self._leases = None, {}
 
     def _fit_for_leases(self, token: Token) -> Token:
         """Return the token if it is known how long what it takes will live."""
@@ -337,9 +340,8 @@ class VaultStaticRole(_Provider):
                 retryable=False,
             )
         due = self._due(password, answer.requested_at, answer.requested_at + ttl)
-        return _credential(
-            self._path, password, user=user, refresh_at=due + _ROUNDED_OFF, expires_at=due + _ROTATION_GRACE
-        )
+        refresh_at = max(due + _ROUNDED_OFF, answer.requested_at + _VAULTS_INTERVAL)
+        return _credential(self._path, password, user=user, refresh_at=refresh_at, expires_at=due + _ROTATION_GRACE)
 
     def _due(self, password: str, requested_at: datetime, due: datetime) -> datetime:
         """Return when the password is due for rotation: now, if it was due before and is still there.
@@ -368,7 +370,7 @@ class VaultKV(_Provider):
         username_field: The field with the user; None: the connection's own user.
         password_field: The field with the password.
         refresh_every: Seconds, or a timedelta, after which a manager looks for a change; None: only when the server
-            refuses the password. A manager looks no sooner than after 30 seconds while it finds nothing new.
+            refuses the password. Less than a second counts as one.
         timeout: Seconds, or a timedelta, one request may take as a whole; closing takes no longer either.
         http_client: Makes the httpx client, as for `VaultDatabase`.
         clock: Where the time comes from; the machine's clocks if not given.

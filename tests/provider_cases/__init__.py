@@ -7,14 +7,17 @@ together with a real PostgreSQL that takes its credentials for a few seconds eac
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import pkgutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from asyncpool_creds import BindableProvider, CredentialFunction, CredentialProvider
+from asyncpool_creds.testing.postgres import PostgresServer
 
 Source: TypeAlias = CredentialProvider | CredentialFunction
 
@@ -30,6 +33,7 @@ class Case:
         hangs: Returns once a fetch hangs.
         heal: From now on, fetches work again; those that hang may end.
         lives_for_ever: True if its credentials have no end.
+        fails_for_good: True if nothing but a person ends the failure that `fail` begins.
     """
 
     source: Source
@@ -38,6 +42,7 @@ class Case:
     hangs: Callable[[], Awaitable[None]]
     heal: Callable[[], Awaitable[None]]
     lives_for_ever: bool = False
+    fails_for_good: bool = False
 
 
 @dataclass
@@ -47,21 +52,26 @@ class Life:
     Args:
         dsn: Of the real PostgreSQL, or of a door in front of it that refuses what has expired.
         credentials: The source.
-        manager_arguments: More for the `TokenManager`.
         turn: Does what makes the next credential differ from this one, if time alone does not
             (a secret is rotated, a file is written).
-        pool_arguments: More for `create_pool`.
     """
 
     dsn: str
     credentials: CredentialProvider | BindableProvider | CredentialFunction
-    manager_arguments: Mapping[str, object] = field(default_factory=dict[str, object])
     turn: Callable[[], Awaitable[None]] | None = None
-    pool_arguments: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 MakeCase: TypeAlias = Callable[[], AbstractAsyncContextManager[Case]]
 MakeLife: TypeAlias = Callable[[], AbstractAsyncContextManager[Life]]
+
+
+@functools.cache
+def database() -> PostgresServer:
+    """Return the PostgreSQL behind the doors of all lives: one for a whole test run, in which each has its role."""
+    server = PostgresServer()
+    server.start()
+    atexit.register(server.stop)
+    return server
 
 
 def all_cases() -> dict[str, MakeCase]:

@@ -12,8 +12,7 @@ from asyncpool_creds.providers.env import Environment
 from asyncpool_creds.providers.oauth2 import OAuth2
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.issuer import TokenIssuer
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 from provider_cases.core import function_case
 
 
@@ -26,11 +25,14 @@ async def chain_case() -> AsyncIterator[Case]:
 
 @asynccontextmanager
 async def chain_life() -> AsyncIterator[Life]:
-    async with PostgresServer() as server, TokenIssuer({"ada": secret("ada")}, access_lifetime=2) as issuer:
-        await server.create_role("ada")
-        async with TokenDoor(server, issuer.verify) as door:
-            issuer_tokens = OAuth2(issuer.url, username="ada", password=secret("ada"))
-            yield Life(door.dsn(user="ada"), Chain(Environment("A_VARIABLE_NOBODY_SETS"), issuer_tokens))
+    server = database()
+    await server.create_role("ada")
+    async with (
+        TokenIssuer({"ada": secret("ada")}, access_lifetime=1) as issuer,
+        TokenDoor(server, issuer.verify) as door,
+    ):
+        issuer_tokens = OAuth2(issuer.url, username="ada", password=secret("ada"))
+        yield Life(door.dsn(user="ada"), Chain(Environment("A_VARIABLE_NOBODY_SETS"), issuer_tokens))
 
 
 CASES = {"Chain": chain_case}

@@ -13,8 +13,7 @@ from support import MARKER, secret
 
 from asyncpool_creds.providers.command import Command
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 
 SCRIPT = """
 case $(cat "$DIRECTORY/answer") in
@@ -51,13 +50,13 @@ async def command_case() -> AsyncIterator[Case]:
 async def command_life() -> AsyncIterator[Life]:
     def verify(user: str, password: str) -> str | None:
         issued_at = int(password.removeprefix(f"{MARKER}-")) / 1e9
-        return None if time.time() < issued_at + 2 else "expired"
+        return None if time.time() < issued_at + 1 else "expired"
 
-    async with PostgresServer() as server:
-        await server.create_role("ada")
-        async with TokenDoor(server, verify) as door:
-            script = """printf '{"token": "%s-%s", "expires_in": 2}' "$PREFIX" "$(date +%s%N)" """
-            yield Life(door.dsn(user="ada"), Command(["sh", "-c", script], env={"PREFIX": MARKER}))
+    server = database()
+    await server.create_role("ada")
+    async with TokenDoor(server, verify) as door:
+        script = """printf '{"token": "%s-%s", "expires_in": 1}' "$PREFIX" "$(date +%s%N)" """
+        yield Life(door.dsn(user="ada"), Command(["sh", "-c", script], env={"PREFIX": MARKER}))
 
 
 CASES = {"Command": command_case}

@@ -10,8 +10,25 @@ from support import secret
 
 from asyncpool_creds.providers.env import Environment
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Life
+from provider_cases import Case, Life, database
+
+
+@asynccontextmanager
+async def environment_case() -> AsyncIterator[Case]:
+    with pytest.MonkeyPatch.context() as environment:
+
+        async def heal() -> None:
+            environment.setenv("DATABASE_PASSWORD", secret())
+
+        async def fail() -> None:
+            environment.delenv("DATABASE_PASSWORD")
+
+        async def hangs() -> None:
+            """Return at once: nothing is waited for, so there is nothing that could hang."""
+
+        await heal()
+        source = Environment("DATABASE_PASSWORD")
+        yield Case(source, fail, lambda: None, hangs, heal, lives_for_ever=True, fails_for_good=True)
 
 
 @asynccontextmanager
@@ -27,10 +44,11 @@ async def environment_life() -> AsyncIterator[Life]:
 
     with pytest.MonkeyPatch.context() as environment:
         await turn()
-        async with PostgresServer() as server:
-            await server.create_role("ada")
-            async with TokenDoor(server, verify) as door:
-                yield Life(door.dsn(user="ada"), Environment("DATABASE_PASSWORD"), turn=turn)
+        server = database()
+        await server.create_role("ada")
+        async with TokenDoor(server, verify) as door:
+            yield Life(door.dsn(user="ada"), Environment("DATABASE_PASSWORD"), turn=turn)
 
 
+CASES = {"Environment": environment_case}
 LIVES = {"Environment": environment_life}

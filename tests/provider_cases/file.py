@@ -18,8 +18,7 @@ from support import secret
 
 from asyncpool_creds.providers.file import File
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 
 
 class HangingFileSystem:
@@ -99,10 +98,10 @@ async def file_life() -> AsyncIterator[Life]:
             return None if password in good[-2:] else "not of today"
 
         await turn()
-        async with PostgresServer() as server:
-            await server.create_role("ada")
-            async with TokenDoor(server, verify) as door:
-                yield Life(door.dsn(user="ada"), File(path, check_every=1), turn=turn)
+        server = database()
+        await server.create_role("ada")
+        async with TokenDoor(server, verify) as door:
+            yield Life(door.dsn(user="ada"), File(path, check_every=1), turn=turn)
 
 
 CASES = {"File": file_case}

@@ -89,9 +89,7 @@ async def kv_life() -> AsyncIterator[Life]:
         await vault.postgres.create_role("kv-life", password=password)
 
     await turn()
-    source = VaultKV("life", address=vault.url, auth=vault.bao.root_token)
-    # It does not say when it ends, so it is the change that replaces connections.
-    yield Life(vault.dsn(), source, turn=turn, pool_arguments={"retire_when": "rotated"})
+    yield Life(vault.dsn(), VaultKV("life", address=vault.url, auth=vault.bao.root_token), turn=turn)
 
 
 CASES = {"VaultDatabase": database_case, "VaultStaticRole": static_role_case, "VaultKV": kv_case}

@@ -103,12 +103,15 @@ async def test_a_variable_that_is_empty_is_named(monkeypatch: pytest.MonkeyPatch
     assert not error.retryable
 
 
-async def test_a_variable_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environb, b"PASSWORD", b"\xff")
+@pytest.mark.parametrize("variable", ["PASSWORD", "LOGIN"])
+async def test_a_variable_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv("PASSWORD", secret())
+    monkeypatch.setenv("LOGIN", "ada")
+    monkeypatch.setitem(os.environb, variable.encode(), secret().encode() + b"\xff")
 
-    error = await failure(Environment("PASSWORD"))
+    error = await failure(Environment("PASSWORD", user_variable="LOGIN"))
 
-    assert str(error) == "environment: PASSWORD is not UTF-8 text"
+    assert str(error) == f"environment: {variable} is not UTF-8 text; was a binary secret put in?"
     assert not error.retryable
 
 

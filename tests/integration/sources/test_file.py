@@ -18,7 +18,7 @@ import pytest
 from provider_cases.file import HangingFileSystem
 from support import secret
 
-from asyncpool_creds import CredentialProvider, ProviderError, TokenManager
+from asyncpool_creds import CredentialProvider, CredentialRefreshed, ProviderError, TokenManager
 from asyncpool_creds.providers.file import File
 
 pytestmark = pytest.mark.anyio
@@ -201,6 +201,28 @@ async def test_a_manager_is_told_when_to_look_again(path, clock):
     assert (await File(path, clock=clock).fetch()).refresh_at == clock.after(30)
     assert (await File(path, check_every=timedelta(minutes=5), clock=clock).fetch()).refresh_at == clock.after(300)
     assert (await File(path, check_every=None, clock=clock).fetch()).refresh_at is None
+
+
+async def test_a_manager_looks_as_often_as_it_was_told_even_if_it_finds_nothing_new(path, clock, observer):
+    write(path, f"{secret()}-1")
+    file = File(path, check_every=5, clock=clock)
+    async with TokenManager(file, clock=clock, background=False, on_event=observer) as manager:
+        for looks, content in enumerate((1, 1, 1, 2, 2, 3), 1):
+            write(path, f"{secret()}-{content}")
+            clock.now += 4.9
+            await manager.stamp()
+            await asyncio.sleep(0)
+            assert manager.stats().fetches == looks
+            clock.now += 0.2
+            await manager.stamp()
+            await asyncio.sleep(0)
+            assert manager.stats().fetches == looks + 1
+
+            # It shares the look that is under way.
+            assert (await manager.refresh()).password == f"{secret()}-{content}"
+            assert manager.stats().fetches == looks + 1
+
+    assert [event.rotated for event in observer.of(CredentialRefreshed)] == [False] * 4 + [True, False, True]
 
 
 # How it changes
@@ -429,7 +451,8 @@ for path in ("/no/such/file", sys.argv[1]):
     except ProviderError as error:
         print(error.retryable, error)
     if os.geteuid() == 0:
-        os.setuid(65534)
+        os.seteuid(65534)
+os.seteuid(os.getuid())
 """
     write(path, secret())
     path.chmod(0)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from asyncpool_creds import (
     TokenManager,
     create_pool,
 )
-from asyncpool_creds.providers.vault import AppRoleAuth, VaultDatabase
+from asyncpool_creds.providers.vault import AppRoleAuth, VaultDatabase, VaultLogin
 from asyncpool_creds.testing import RecordingObserver, VirtualClock
 
 pytestmark = pytest.mark.anyio
@@ -196,6 +196,14 @@ async def test_a_renewal_that_fails_within_the_server_leads_to_a_new_user(make, 
     assert not second.is_same_secret(first)
 
 
+async def test_a_renewal_without_a_term_in_the_answer_leads_to_a_new_user(make, line):
+    provider = make()
+    first = await provider.fetch()
+    line.answer(RENEW, 200, {})
+
+    assert not (await provider.fetch()).is_same_secret(first)
+
+
 @pytest.mark.parametrize("status", [429, 473, 502, 503])
 async def test_a_renewal_that_meets_trouble_which_passes_is_tried_again_later(make, line, status):
     provider = make()
@@ -254,6 +262,63 @@ async def test_a_token_of_which_half_is_over_is_renewed_first(vault, make, clock
     await provider.fetch()
 
     assert line.take() == [RENEW_TOKEN, RENEW]
+
+
+async def test_a_token_that_its_auth_method_will_not_renew_is_replaced_by_a_login(vault, make, clock, line):
+    ask, password = vault.bao.ask, secret("ann")
+    await ask("POST", "sys/auth/people", {"type": "userpass"})
+    person = {"password": password, "token_policies": ["app"], "token_ttl": "90m"}
+    await ask("POST", "auth/people/users/ann", person)
+
+    class Person:
+        async def login(self) -> VaultLogin:
+            return VaultLogin("auth/people/login/ann", {"password": password})
+
+    try:
+        provider = make(auth=Person())
+        first = await provider.fetch()
+        await ask("POST", "auth/people/users/ann", {**person, "token_policies": ["app", "revoker"]})
+        clock.advance(2701)
+        line.take()
+
+        second = await provider.fetch()
+
+        # "policies have changed, not renewing"
+        assert line.requests[0] == ("POST", RENEW_TOKEN, 500)
+        assert line.take() == [RENEW_TOKEN, "auth/people/login/ann", CREDENTIALS]
+        assert not second.is_same_secret(first)
+        await provider.aclose()
+    finally:
+        await ask("DELETE", "sys/auth/people")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_token_whose_renewal_meets_trouble_which_passes_is_renewed_later(make, clock, line, status):
+    provider = make()
+    first = await provider.fetch()
+    clock.advance(2701)
+    line.answer(RENEW_TOKEN, status)
+
+    with pytest.raises(ProviderError) as caught:
+        await provider.fetch()
+
+    assert caught.value.retryable
+    assert line.count(LOG_IN) == 1
+    line.forget(RENEW_TOKEN)
+    assert (await provider.fetch()).is_same_secret(first)
+
+
+@pytest.mark.parametrize("answer", [{}, {"auth": {"lease_duration": 0, "renewable": True}}])
+async def test_a_token_that_is_renewed_by_nothing_is_replaced_by_a_login(make, clock, line, answer):
+    provider = make()
+    await provider.fetch()
+    clock.advance(2701)
+    line.answer(RENEW_TOKEN, 200, answer)
+    line.take()
+
+    await provider.fetch()
+
+    assert line.take() == [RENEW_TOKEN, LOG_IN, CREDENTIALS]
 
 
 async def test_where_the_token_cannot_be_renewed_a_login_is_made_and_the_lease_is_replaced_and_not_renewed(
@@ -432,16 +497,17 @@ async def test_a_token_for_a_number_of_requests_is_refused_before_anything_is_ta
 # What is not needed any more is revoked
 
 
-async def test_a_lease_is_revoked_when_its_last_connection_has_gone(vault, make, observer):
+@pytest.mark.parametrize("whose", ["of the pool", "handed to it"])
+async def test_a_lease_is_revoked_when_its_last_connection_has_gone(vault, make, observer, whose):
+    provider = make(clock=None)
+    credentials = provider if whose == "of the pool" else TokenManager(provider, on_event=observer)
     pool: CredentialPool[asyncpg.Record] = create_pool(
-        vault.dsn(),
-        credentials=make(clock=None),
-        min_size=2,
-        max_size=2,
-        retire_when="rotated",
-        on_event=observer,
+        vault.dsn(), credentials=credentials, min_size=2, max_size=2, retire_when="rotated", on_event=observer
     )
-    async with pool:
+    async with AsyncExitStack() as stack:
+        if isinstance(credentials, TokenManager):
+            await stack.enter_async_context(credentials)
+        await stack.enter_async_context(pool)
         async with pool.acquire() as connection:
             first = await connection.fetchval("SELECT current_user")
             await vault.make_role("hour", "1h", "30m")
@@ -651,21 +717,48 @@ async def test_a_pool_replaces_a_user_that_was_dropped_behind_its_back(vault, ma
         assert second != first
 
 
+async def test_a_pool_goes_on_when_the_token_its_user_was_taken_with_is_revoked(vault, make, line, observer):
+    pool: CredentialPool[asyncpg.Record] = create_pool(
+        vault.dsn(), credentials=make(clock=None), min_size=0, max_size=2, on_event=observer
+    )
+    async with pool:
+        async with pool.acquire() as connection:
+            first = await connection.fetchval("SELECT current_user")
+            await vault.bao.ask("POST", REVOKE_TOKEN, token=line.seen[-1].headers["X-Vault-Token"])
+            await vault.dropped(first)
+            line.take()
+
+            second = await pool.fetchval("SELECT current_user")
+
+        assert line.take() == [CREDENTIALS, LOG_IN, CREDENTIALS]
+        assert second in await vault.users()
+
+
 async def test_connections_are_retired_before_their_user_is_dropped(vault, make, observer):
     await vault.make_role("fleeting", "2s", "2s")
-    users: set[str] = set()
+    users: list[str] = []
     pool: CredentialPool[asyncpg.Record] = create_pool(
-        vault.dsn(), credentials=make("fleeting", clock=None), min_size=2, max_size=2, on_event=observer
+        vault.dsn(), credentials=make("fleeting", clock=None), min_size=2, max_size=3, on_event=observer
     )
 
     async with pool:
-        while len(users) < 3:
-            # A dropped user still gets an answer to SELECT 1, but not to this (42704).
-            users.add(await pool.fetchval("SELECT current_user"))
-            await asyncio.sleep(0.01)
+        async with pool.acquire() as held:
+            first = await held.fetchval("SELECT current_user")
+            while len(set(users)) < 3:
+                # A dropped user still gets an answer to SELECT 1, but not to this.
+                users.append(await pool.fetchval("SELECT current_user"))
+                await asyncio.sleep(0.01)
+            await vault.dropped(first)
+            assert await held.fetchval("SELECT 1") == 1
+            with pytest.raises(asyncpg.UndefinedObjectError):
+                await held.fetchval("SELECT current_user")
+
+        async with pool.acquire() as one, pool.acquire() as other, pool.acquire() as third:
+            now = [await connection.fetchval("SELECT current_user") for connection in (one, other, third)]
+        assert first not in now
 
     # Each was dropped once its connections had gone, or by the end of its lease.
-    for user in users:
+    for user in {*users, *now}:
         await vault.dropped(user)
 
 
@@ -679,6 +772,8 @@ async def test_a_sealed_server_is_asked_again_while_the_user_it_gave_stays_in_us
 
         assert caught.value.retryable
         assert await manager.get() == before
+        async with create_pool(vault.dsn(), credentials=manager, min_size=1) as pool:
+            assert await pool.fetchval("SELECT current_user") == before.user
         await vault.bao.unseal()
         assert (await manager.refresh()).is_same_secret(before)
 

@@ -161,6 +161,7 @@ async def test_a_secret_that_needs_no_lease_needs_no_token_that_may_look_itself_
     provider = make(await vault.make_token(no_default_policy=True))
 
     assert (await provider.fetch()).user == "app"
+    line.answer("auth/token/lookup-self", 200, {"data": {}})
     assert (await provider.fetch()).user == "app"
 
 
@@ -262,6 +263,17 @@ async def test_what_the_function_raises_is_the_cause(make):
         await make(JWTAuth("app", get)).fetch()
 
     assert caught.value.retryable
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+async def test_a_function_that_gets_no_token_is_named(make, line, nothing):
+    async def get() -> Any:
+        return nothing
+
+    with pytest.raises(ProviderError, match="the function that JWTAuth was given returned no token"):
+        await make(JWTAuth("app", get)).fetch()
+
+    assert line.requests == []
 
 
 # Kubernetes
@@ -378,6 +390,15 @@ async def test_what_a_server_quotes_of_a_login_is_not_repeated(vault, make, line
 
     with pytest.raises(ProviderError, match=r"no such secret id: \[redacted\]"):
         await make(auth).fetch()
+
+
+async def test_what_is_empty_in_a_login_is_not_looked_for_in_what_the_server_says(make):
+    class Login:
+        async def login(self) -> VaultLogin:
+            return VaultLogin("auth/approle/login", {"role_id": "unknown", "secret_id": ""})
+
+    with pytest.raises(ProviderError, match=r"HTTP 400: missing secret_id\)|HTTP 400: invalid role"):
+        await make(Login()).fetch()
 
 
 async def test_a_private_certificate_authority_comes_with_the_client(vault, make):
