@@ -106,13 +106,13 @@ def _sleeps() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
-async def watch(refresh: Callable[[], Awaitable[object]], *, attempts: int = 3) -> LagProbe:
-    """Return the probe of the first attempt in which nothing blocked, or of the last one."""
+async def watch(refresh: Callable[[], Awaitable[object]], *, attempts: int = 3, tolerated: int = 0) -> LagProbe:
+    """Return the probe of the first attempt in which no more steps blocked than are tolerated, or of the last one."""
     for _ in range(attempts):
         probe = LagProbe()
         with probe.watching():
             await refresh()
-        if not probe.blocking:
+        if len(probe.blocking) <= tolerated:
             break
     return probe
 
@@ -126,7 +126,9 @@ async def watch_cold(imports: str, provider: str, environment: Mapping[str, str]
         environment: More variables.
     """
     command = [sys.executable, "-c", _COLD.format(imports=imports, provider=provider), str(Path(__file__).parent)]
-    variables = {**os.environ, **(environment or {})}
+    # What measures coverage takes time, too.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    variables = {**inherited, **(environment or {})}
     for _ in range(3):
         done = await anyio.to_thread.run_sync(
             lambda: subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

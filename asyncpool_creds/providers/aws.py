@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import gzip
-import json
-import logging
-import os
 import re
-import threading
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import urlencode
-
-import anyio
-import anyio.to_thread
-
-# botocore and aiobotocore ship no types: what is used of them is behind the protocols at the end of this module.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-try:
-    from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
-    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
-    from botocore import exceptions as botocore_exceptions  # type: ignore[import-untyped]
-    from botocore.auth import SigV4QueryAuth  # type: ignore[import-untyped]
-    from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
-    from botocore.loaders import JSONFileLoader  # type: ignore[import-untyped]
-    from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
-except ImportError as _missing:  # pragma: no cover
-    raise ImportError("the sources of AWS need aiobotocore: pip install 'asyncpool-creds[aws]'") from _missing
+from typing import Final, NoReturn
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential
-from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._provider import Target
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
+from asyncpool_creds.providers._aws_account import Account, UnsignedToken
 from asyncpool_creds.providers._document import parse_object
-from asyncpool_creds.providers._retry_after import parse_retry_after
-
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
 
 __all__ = ["RDSIAM", "AuroraDSQL", "Redshift", "SecretsManager"]
 
@@ -56,15 +25,6 @@ _DSQL_TOKEN_LIFETIME: Final = 900.0
 _LONGEST_DSQL_TOKEN_LIFETIME: Final = 604_800
 # Amazon Redshift API Reference, GetClusterCredentials: DurationSeconds.
 _REDSHIFT_LIFETIMES: Final = (900, 3600)
-# Of one attempt to connect, and of one wait for an answer.
-_TIMEOUT: Final = 10.0
-# botocore's name for the instance metadata service, and the latest that it makes up for the end of such credentials:
-# where they are about to end it says "in 17 to 25 minutes", whatever the service said, to bridge its outages
-# (InstanceMetadataFetcher._evaluate_expiration). All that is certain then is that new ones are there five minutes
-# before the old ones end (Amazon EC2 User Guide, "Retrieve security credentials from instance metadata").
-_INSTANCE_METADATA: Final = "iam-role"
-_MADE_UP_END: Final = timedelta(minutes=25)
-_CERTAIN_LIFE: Final = timedelta(minutes=5)
 
 _REGION: Final = r"(?P<{}>[a-z]{{2,4}}(?:-[a-z]+)+-\d+)"
 # The region comes before "rds"; in GovCloud and older names of China, after it. The domains are those of the partitions
@@ -126,7 +86,7 @@ class RDSIAM:
         self._region: Final = region
         self._profile: Final = profile
         self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account = _Account(profile)
+        self._account = Account(profile, self._clock)
 
     def bind(self, target: Target) -> RDSIAM:
         """Return a provider of tokens for `target`, which shares everything with this one.
@@ -155,9 +115,10 @@ class RDSIAM:
         region = self._region or _region_in(_RDS_HOST, host)
         address = f"{host}:{self._port or _POSTGRESQL_PORT}"
         return await self._account.sign(
-            _Token("RDSIAM", "rds-db", region, address, {"Action": "connect", "DBUser": user}, _RDS_TOKEN_LIFETIME),
+            UnsignedToken(
+                "RDSIAM", "rds-db", region, address, {"Action": "connect", "DBUser": user}, _RDS_TOKEN_LIFETIME
+            ),
             user,
-            self._clock,
         )
 
     def invalidate(self, credential: Credential) -> None:
@@ -189,15 +150,17 @@ class AuroraDSQL:
         clock: Where the time comes from; the machine's clocks if not given. Signatures carry the machine's time.
 
     Attributes:
-        session_lifetime: Seconds after which DSQL ends a session; a pool makes it its ``max_lifetime``.
+        session_lifetime: Seconds that a connection lives; a pool makes it its ``max_lifetime``. DSQL ends sessions
+            after an hour: whoever is handed one in its last moment has five minutes left.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is empty or out of range, or `host` is not the name of a host alone.
     """
 
-    # Aurora DSQL User Guide, "Cluster quotas and database limits": maximum connection duration, 60 minutes.
-    session_lifetime: Final = 3600.0
+    # Aurora DSQL User Guide, "Cluster quotas and database limits": maximum connection duration, 60 minutes; maximum
+    # transaction time, 5 minutes. AWS's own connectors stop at 55 minutes, too.
+    session_lifetime: Final = 3300.0
 
     def __init__(
         self,
@@ -221,7 +184,7 @@ class AuroraDSQL:
         self._region: Final = region
         self._profile: Final = profile
         self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account = _Account(profile)
+        self._account = Account(profile, self._clock)
 
     def bind(self, target: Target) -> AuroraDSQL:
         """Return a provider of tokens for `target`, which shares everything with this one.
@@ -252,7 +215,7 @@ class AuroraDSQL:
         admin = user == "admin" if self._admin is None else self._admin
         action = {"Action": "DbConnectAdmin" if admin else "DbConnect"}
         return await self._account.sign(
-            _Token("AuroraDSQL", "dsql", region, host, action, self._token_lifetime), user, self._clock
+            UnsignedToken("AuroraDSQL", "dsql", region, host, action, self._token_lifetime), user
         )
 
     def invalidate(self, credential: Credential) -> None:
@@ -314,7 +277,7 @@ class SecretsManager:
         self._refresh_every: Final = parse_seconds("SecretsManager", "refresh_every", refresh_every)
         self._region: Final = region or _region_in(_SECRET_ARN, secret)
         self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account: Final = _Account(profile)
+        self._account: Final = Account(profile, self._clock)
 
     async def fetch(self) -> Credential:
         """Return what the current version of the secret holds now.
@@ -323,11 +286,14 @@ class SecretsManager:
             ProviderError: AWS did not give the secret, or there is no password in it.
             ProviderTimeout: AWS did not answer in time.
         """
-        what = f"SecretsManager: the secret {self._secret!r} was not read"
-        requested_at = _now(self._clock)
-        with _explained(what, self._clock, permission="secretsmanager:GetSecretValue, and kms:Decrypt with its key"):
-            client = await self._account.client(self, "secretsmanager", self._region)
-            answer = await client.get_secret_value(SecretId=self._secret, VersionStage="AWSCURRENT") or {}
+        requested_at = datetime.fromtimestamp(self._clock.time(), UTC)
+        answer = await self._account.ask(
+            self,
+            f"SecretsManager: the secret {self._secret!r} was not read",
+            "secretsmanager",
+            self._region,
+            lambda client: client.get_secret_value(SecretId=self._secret, VersionStage="AWSCURRENT"),
+        )
         user, password = self._read(answer)
         version = answer.get("VersionId")
         try:
@@ -428,7 +394,7 @@ class Redshift:
         self._region: Final = region
         self._profile: Final = profile
         self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account = _Account(profile)
+        self._account = Account(profile, self._clock)
 
     def bind(self, target: Target) -> Redshift:
         """Return a provider for `target`, which shares everything with this one."""
@@ -484,32 +450,38 @@ class Redshift:
         if self._groups:
             request["DbGroups"] = list(self._groups)
         what = f"Redshift: no password for {user!r} of the cluster {cluster!r}"
-        permission = "redshift:GetClusterCredentials" + (", redshift:CreateClusterUser" if self._auto_create else "")
-        requested_at = _now(self._clock)
-        with _explained(what, self._clock, permission=permission):
-            client = await self._account.client(self, "redshift", self._region)
-            answer = await client.get_cluster_credentials(**request) or {}
-        return self._credential(what, requested_at, answer, "DbUser", "DbPassword", "Expiration", "NextRefreshTime")
+        requested_at = self._now()
+        answer = await self._account.ask(
+            self, what, "redshift", self._region, lambda client: client.get_cluster_credentials(**request)
+        )
+        return self._credential(what, requested_at, answer)
 
     async def _ask_serverless(self, workgroup: str) -> Credential:
         request: dict[str, object] = {"workgroupName": workgroup, "durationSeconds": self._token_lifetime}
         if self._database is not None:
             request["dbName"] = self._database
         what = f"Redshift: no password for the workgroup {workgroup!r}"
-        requested_at = _now(self._clock)
-        with _explained(what, self._clock, permission="redshift-serverless:GetCredentials"):
-            client = await self._account.client(self, "redshift-serverless", self._region)
-            answer = await client.get_credentials(**request) or {}
-        return self._credential(what, requested_at, answer, "dbUser", "dbPassword", "expiration", "nextRefreshTime")
+        requested_at = self._now()
+        answer = await self._account.ask(
+            self, what, "redshift-serverless", self._region, lambda client: client.get_credentials(**request)
+        )
+        return self._credential(what, requested_at, answer)
 
-    def _credential(self, what: str, requested_at: datetime, answer: Mapping[str, object], *names: str) -> Credential:
-        user, password, expires_at, refresh_at = (answer.get(name) for name in names)
+    def _credential(self, what: str, requested_at: datetime, answer: Mapping[str, object]) -> Credential:
+        # The two services call things by the same names, but for the case of the first letter.
+        found = {name[:1].lower() + name[1:]: value for name, value in answer.items()}
+        user, password, expires_at = found.get("dbUser"), found.get("dbPassword"), found.get("expiration")
         if not (isinstance(user, str) and isinstance(password, str) and isinstance(expires_at, datetime)):
             raise ProviderError(f"{what}: what AWS answered has no user, password or expiration; is it a proxy?")
         # By our own clock it is never good for longer than was asked for.
         ends = min(expires_at.astimezone(UTC), requested_at + timedelta(seconds=self._token_lifetime))
+        # Serverless says when it has a new one; clusters make one for every request.
+        refresh_at = found.get("nextRefreshTime")
         hint = refresh_at if isinstance(refresh_at, datetime) and refresh_at < ends else None
         return Credential(password, user=user, expires_at=ends, refresh_at=hint)
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.time(), UTC)
 
     async def aclose(self) -> None:
         """Close the connections to AWS, unless others share them; a later `fetch` opens new ones."""
@@ -521,403 +493,6 @@ class Redshift:
 
     def __reduce__(self) -> NoReturn:
         raise _not_to_be_pickled(self)
-
-
-# Whoever we are to AWS
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    """A token to be signed: a request for `address` that nobody sends."""
-
-    owner: str
-    service: str
-    region: str | None
-    address: str
-    query: Mapping[str, str]
-    life: int
-
-
-class _Account:
-    """One session of botocore, with its clients, for a provider and all that were bound from it.
-
-    The session finds and renews the credentials that sign; it is made in a thread, because it reads files.
-    """
-
-    def __init__(self, profile: str | None) -> None:
-        self._profile = profile
-        self._home: tuple[int, AbstractEventLoop] | None = None
-        self._session: _Session | None = None
-        self._opening = threading.Lock()
-        self._clients: dict[tuple[str, str], _Client] = {}
-        self._users: set[object] = set()
-
-    async def sign(self, token: _Token, user: str, clock: Clock) -> Credential:
-        """Return `token`, signed; it ends no later than what signed it."""
-        requested_at = _now(clock)
-        with _explained(f"{token.owner}: no token for {token.address}", clock):
-            session = await self._open()
-            region = _region(session, token.region)
-            keys = await session.get_credentials()
-            if keys is None:
-                raise botocore_exceptions.NoCredentialsError
-            frozen = await keys.get_frozen_credentials()
-            # The only place with the end of the credentials; no other task has run since they were frozen.
-            ends = _end_of_keys(keys, _now(clock))
-            request = _new_request(method="GET", url=f"https://{token.address}/?{urlencode(token.query)}")
-            _new_signature(frozen, token.service, region, expires=token.life).add_auth(request)
-        credential = Credential.from_token(request.url.removeprefix("https://"), user=user, requested_at=requested_at)
-        if ends is None or credential.expires_at is None or credential.expires_at <= ends:
-            return credential
-        return Credential(credential.password, user=user, expires_at=ends)
-
-    def forget(self) -> None:
-        """Look for credentials anew next time."""
-        self._session = None
-
-    async def client(self, user: object, service: str, region: str | None) -> _Client:
-        """Return the client for `service`, which is closed when all users have closed."""
-        session = await self._open()
-        region = _region(session, region)
-        self._users.add(user)
-        client = self._clients.get((service, region))
-        if client is None:
-            if await session.get_credentials() is None:
-                raise botocore_exceptions.NoCredentialsError
-            made = await _in_thread(lambda: _make_client(session, service, region))
-            # Another user may have made one meanwhile.
-            client = self._clients.setdefault((service, region), made)
-            if client is not made:
-                await made.close()
-        return client
-
-    async def aclose(self, user: object) -> None:
-        self._users.discard(user)
-        if self._users or self._home != (os.getpid(), asyncio.get_running_loop()):
-            return
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            await client.close()
-
-    async def _open(self) -> _Session:
-        home = (os.getpid(), asyncio.get_running_loop())
-        if self._home != home:
-            if self._home is not None and self._home[0] != home[0]:
-                _inherited.append(self._clients)
-            # What belongs to another loop can be neither awaited nor closed from this one.
-            self._home, self._session, self._clients, self._users = home, None, {}, set()
-            self._opening = threading.Lock()
-        session = self._session
-        return await _in_thread(self._open_here) if session is None else session
-
-    def _open_here(self) -> _Session:
-        with self._opening:
-            if self._session is None:
-                self._session = _open_session(self._profile)
-            return self._session
-
-
-# Clients inherited by a forked child: closing their sockets is the parent's business, so they are only kept.
-_inherited: list[object] = []
-
-
-def _region(session: _Session, named: str | None) -> str:
-    """Return the region to work in, which becomes the session's where it has none: roles are assumed there."""
-    configured = session.get_config_variable("region")
-    region = named or (configured if isinstance(configured, str) else None)
-    if region is None:
-        raise botocore_exceptions.NoRegionError
-    if configured is None:
-        session.set_config_variable("region", region)
-    return region
-
-
-def _end_of_keys(keys: _Keys, now: datetime) -> datetime | None:
-    # botocore tells it nowhere else.
-    ends: object = getattr(keys, "_expiry_time", None)
-    if not isinstance(ends, datetime):
-        return None
-    if keys.method == _INSTANCE_METADATA and ends - now < _MADE_UP_END:
-        return min(ends, now + _CERTAIN_LIFE)
-    return ends
-
-
-# Sessions and clients
-
-_Made = TypeVar("_Made")
-
-
-def _open_session(profile: str | None) -> _Session:
-    """Return a session that has read its files; takes tens of milliseconds."""
-    session = _new_session(profile=profile)
-    # One attempt each, because the manager is the one who tries again. The models are loaded in a thread for the
-    # clients, too, that botocore makes for itself to assume a role.
-    config = AioConfig(
-        connect_timeout=_TIMEOUT, read_timeout=_TIMEOUT, retries={"total_max_attempts": 1}, warm_up_loader_caches=True
-    )
-    session.set_default_client_config(config)
-    session.get_component("data_loader").file_loader = _PatientFiles()
-    session.get_scoped_config()
-    return session
-
-
-def _make_client(session: _Session, service: str, region: str) -> _Client:
-    """Return a client; takes several milliseconds, because a class is made for it with all that the service can do.
-
-    There is no I/O in it, and nothing of it belongs to an event loop before its first request.
-    """
-
-    async def make() -> _Client:
-        return await session.create_client(service, region_name=region).__aenter__()
-
-    return asyncio.run(make())
-
-
-async def _in_thread(function: Callable[[], _Made]) -> _Made:
-    # With a slot of its own: whoever fills the default ones with his work does not keep us waiting.
-    return await anyio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
-
-
-class _PatientFiles:
-    """Reads botocore's models, and lets others have the interpreter meanwhile.
-
-    A thread is not enough: json.loads() keeps the GIL from start to end, which is 15 ms for the list of endpoints.
-    """
-
-    def __init__(self) -> None:
-        self.exists: Callable[[str], bool] = JSONFileLoader().exists
-
-    def load_file(self, file_path: str) -> object:
-        """Return what is in the file of that name without its extension; None: there is none."""
-        for extension, read in ((".json", open), (".json.gz", gzip.open)):
-            path = Path(file_path + extension)
-            if path.is_file():
-                with read(path, "rb") as file:
-                    return json.loads(file.read(), object_pairs_hook=_Breather())
-        return None
-
-
-class _Breather:
-    """Makes the objects of a JSON document, and pauses after every five hundred."""
-
-    def __init__(self) -> None:
-        self._made = 0
-
-    def __call__(self, members: list[tuple[str, object]]) -> dict[str, object]:
-        self._made += 1
-        if self._made % 500 == 0:
-            # Not zero: whoever waits for the GIL has to wake up before we take it again.
-            time.sleep(0.0001)
-        return dict(members)
-
-
-# At DEBUG, botocore logs requests and answers with all that is in them, and with warnings the exceptions that quote
-# them. Of what it does for us, it logs neither.
-_is_ours: ContextVar[bool] = ContextVar("asyncpool_creds.aws", default=False)
-
-
-def _may_be_logged(record: logging.LogRecord) -> bool:
-    if not _is_ours.get():
-        return True
-    error = record.exc_info[1] if record.exc_info else None
-    if error is not None:
-        record.msg, record.args = f"{record.getMessage()} ({type(error).__name__}: {_line(str(error))})", None
-        record.exc_info = None
-    return record.levelno > logging.DEBUG
-
-
-for _package in ("botocore", "aiobotocore"):
-    for _module in (
-        *("auth", "credentials", "endpoint", "hooks", "httpsession", "parsers", "retryhandler", "tokens", "utils"),
-    ):
-        logging.getLogger(f"{_package}.{_module}").addFilter(_may_be_logged)
-
-
-# Errors
-
-_LONGEST_DESCRIPTION: Final = 300
-_JWT: Final = re.compile(r"eyJ[\w-]+\.[\w-]*\.?[\w-]*")
-# The codes of AWS by what is to be done (AWS General Reference, "Common errors", and the pages of the operations).
-_DENIED: Final = frozenset(
-    {"AccessDenied", "AccessDeniedException", "NotAuthorized", "UnauthorizedException", "UnauthorizedOperation"}
-)
-_UNKNOWN_KEYS: Final = frozenset(
-    {
-        "AuthFailure",
-        "IncompleteSignature",
-        "IncompleteSignatureException",
-        "InvalidAccessKeyId",
-        "InvalidClientTokenId",
-        "InvalidSignatureException",
-        "MissingAuthenticationToken",
-        "MissingAuthenticationTokenException",
-        "OptInRequired",
-        "SignatureDoesNotMatch",
-        "UnrecognizedClientException",
-    }
-)
-_EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired"})
-_NOT_FOUND: Final = frozenset({"ClusterNotFound", "ClusterNotFoundFault", "ResourceNotFoundException"})
-_TRANSIENT: Final = frozenset(
-    {
-        "IDPCommunicationError",
-        "InternalError",
-        "InternalFailure",
-        "InternalServerException",
-        "InternalServiceError",
-        "PriorRequestNotComplete",
-        "RequestLimitExceeded",
-        "RequestThrottled",
-        "RequestThrottledException",
-        "RequestTimeout",
-        "RequestTimeoutException",
-        "ServiceUnavailable",
-        "ServiceUnavailableException",
-        "SlowDown",
-        "ThrottledException",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequestsException",
-    }
-)
-_TIMED_OUT: Final = (botocore_exceptions.ConnectTimeoutError, botocore_exceptions.ReadTimeoutError)
-# What goes wrong before AWS can say anything, and whether it may pass; the first that fits. {} is what botocore says.
-_PROBLEMS: Final[tuple[tuple[tuple[type[Exception], ...], str, bool], ...]] = (
-    (_TIMED_OUT, f"AWS did not answer within {_TIMEOUT:g} s ({{}}); check the network", True),
-    (
-        (botocore_exceptions.ConnectionError, botocore_exceptions.HTTPClientError),
-        "AWS cannot be reached ({}); check network, proxy and certificates",
-        True,
-    ),
-    (
-        (botocore_exceptions.NoCredentialsError,),
-        "there are no AWS credentials: botocore found none in environment, profile, container or instance",
-        False,
-    ),
-    (
-        (botocore_exceptions.NoRegionError,),
-        "the region is not known: no name tells it; pass region, or configure one for botocore",
-        False,
-    ),
-    (
-        (
-            botocore_exceptions.LoginError,
-            botocore_exceptions.SSOError,
-            botocore_exceptions.TokenRetrievalError,
-        ),
-        "a login is needed ({}); run 'aws sso login' or 'aws login'",
-        False,
-    ),
-    (
-        (
-            botocore_exceptions.ConfigNotFound,
-            botocore_exceptions.ConfigParseError,
-            botocore_exceptions.InvalidConfigError,
-            botocore_exceptions.InvalidIMDSEndpointError,
-            botocore_exceptions.InvalidIMDSEndpointModeError,
-            botocore_exceptions.MissingDependencyException,
-            botocore_exceptions.ParamValidationError,
-            botocore_exceptions.PartialCredentialsError,
-            botocore_exceptions.ProfileNotFound,
-            botocore_exceptions.RefreshWithMFAUnsupportedError,
-            botocore_exceptions.UnknownCredentialError,
-            botocore_exceptions.ValidationError,
-        ),
-        "the configuration of AWS is wrong ({})",
-        False,
-    ),
-)
-_NO_KEYS: Final = "the credentials that sign could not be had ({})"
-
-
-@contextmanager
-def _explained(what: str, clock: Clock, *, permission: str | None = None) -> Generator[None]:
-    """Raise what botocore raises as a `ProviderError`, and keep it from logging what it sends and receives."""
-    mark = _is_ours.set(True)
-    try:
-        yield
-    except botocore_exceptions.ClientError as error:
-        refusal = _refusal(what, cast("_ClientError", error), permission, _now(clock))
-        _scrub(error)
-        raise refusal from error
-    except botocore_exceptions.BotoCoreError as error:
-        _scrub(error)
-        raise _failure(what, error) from error
-    except (OSError, RuntimeError) as error:
-        # A file that cannot be read; credentials that are still expired after having been renewed.
-        told = _line(f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error))
-        raise ProviderError(f"{what}: {_NO_KEYS.format(told)}") from error
-    except (ResponseParserError, AttributeError, KeyError, TypeError, ValueError) as error:
-        # What botocore makes of an answer that it did not expect; the text may quote it.
-        _scrub(error)
-        kind = type(error).__name__
-        raise ProviderError(f"{what}: an answer makes no sense ({kind}); is there a proxy in between?") from error
-    finally:
-        _is_ours.reset(mark)
-
-
-def _refusal(what: str, error: _ClientError, permission: str | None, now: datetime) -> ProviderError:
-    """Return what AWS itself said, and what to do about it."""
-    stated = cast("Mapping[str, str]", error.response.get("Error", {}))
-    metadata = cast("Mapping[str, object]", error.response.get("ResponseMetadata", {}))
-    headers = cast("Mapping[str, str]", metadata.get("HTTPHeaders", {}))
-    status = metadata.get("HTTPStatusCode", 0)
-    code, message = stated.get("Code", "Unknown"), _line(stated.get("Message", ""))
-    # A refused signature comes with everything that should have been signed, session token included.
-    error.response = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    error.args = (f"{error.operation_name}: {code}: {message}",)
-
-    transient = isinstance(status, int) and (status >= 500 or status == 429)
-    retryable = transient or code in _TRANSIENT or code in _EXPIRED
-    if code in _DENIED:
-        wanted = f"sts:{error.operation_name}" if error.operation_name.startswith("AssumeRole") else permission
-        advice = f"allow {wanted} for this identity"
-    elif code in _UNKNOWN_KEYS:
-        advice = "check the access key and its secret, the region, and the clock of this host"
-    elif code in _EXPIRED:
-        advice = "the credentials that sign have expired; those of the environment have to be replaced by hand"
-    elif code in _NOT_FOUND:
-        advice = "check the name, the region and the account"
-    elif retryable:
-        advice = "it is asked again later"
-    else:
-        advice = "correct the arguments, or what they name"
-    return ProviderError(
-        f"{what}: AWS refused {error.operation_name} (HTTP {status}, {code}: {message}); {advice}",
-        retryable=retryable,
-        retry_after=parse_retry_after(headers.get("retry-after"), now),
-    )
-
-
-def _failure(what: str, error: Exception) -> ProviderError:
-    """Return what went wrong before AWS could say anything."""
-    text = str(error)
-    if isinstance(error, botocore_exceptions.ParamValidationError):
-        text = text.partition(":")[2]  # the title is on a line of its own
-    told = _line(text).rstrip(".")
-    known = ((problem, retryable) for kinds, problem, retryable in _PROBLEMS if isinstance(error, kinds))
-    problem, retryable = next(known, (_NO_KEYS, True))
-    kind = ProviderTimeout if isinstance(error, _TIMED_OUT) else ProviderError
-    return kind(f"{what}: {problem.format(told)}", retryable=retryable)
-
-
-def _scrub(error: BaseException) -> None:
-    """Take requests and documents out of an exception and those behind it: they hold keys and tokens."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, botocore_exceptions.HTTPClientError):
-            seen.request = seen.response = None
-        if isinstance(seen, json.JSONDecodeError):
-            seen.doc = ""
-        if isinstance(seen, ResponseParserError):
-            seen.args = ("the answer makes no sense",)
-        seen = seen.__cause__ or seen.__context__
-
-
-def _line(text: str) -> str:
-    """Return the first line of what AWS, or botocore, says, at a length that fits into a message."""
-    line = _JWT.sub("[redacted]", text.strip().partition("\n")[0])
-    return line if len(line) <= _LONGEST_DESCRIPTION else f"{line[:_LONGEST_DESCRIPTION]}..."
 
 
 def _known(owner: str, host: str | None, user: str | None) -> tuple[str, str]:
@@ -974,69 +549,3 @@ def _region_in(pattern: re.Pattern[str], name: str) -> str | None:
     """Return the region that a host name, or an ARN, tells."""
     found = pattern.search(name)
     return None if found is None else next(region.lower() for region in found.groups() if region is not None)
-
-
-def _now(clock: Clock) -> datetime:
-    return datetime.fromtimestamp(clock.time(), UTC)
-
-
-# What is used of aiobotocore
-
-
-class _Keys(Protocol):
-    method: str
-
-    async def get_frozen_credentials(self) -> object: ...
-
-
-class _Client(Protocol):
-    async def get_secret_value(self, **request: object) -> Mapping[str, object]: ...
-
-    async def get_cluster_credentials(self, **request: object) -> Mapping[str, object]: ...
-
-    async def get_credentials(self, **request: object) -> Mapping[str, object]: ...
-
-    async def close(self) -> None: ...
-
-
-class _ClientContext(Protocol):
-    async def __aenter__(self) -> _Client: ...
-
-
-class _Loader(Protocol):
-    file_loader: object
-
-
-class _Session(Protocol):
-    def get_component(self, name: str) -> _Loader: ...
-
-    def get_config_variable(self, name: str) -> object: ...
-
-    def set_config_variable(self, name: str, value: str) -> None: ...
-
-    def get_scoped_config(self) -> object: ...
-
-    def set_default_client_config(self, config: object) -> None: ...
-
-    async def get_credentials(self) -> _Keys | None: ...
-
-    def create_client(self, service: str, *, region_name: str) -> _ClientContext: ...
-
-
-class _Request(Protocol):
-    url: str
-
-
-class _Signature(Protocol):
-    def add_auth(self, request: _Request) -> None: ...
-
-
-class _ClientError(Protocol):
-    args: tuple[object, ...]
-    operation_name: str
-    response: Mapping[str, object]
-
-
-_new_session: Final = cast("Callable[..., _Session]", AioSession)
-_new_request: Final = cast("Callable[..., _Request]", AWSRequest)
-_new_signature: Final = cast("Callable[..., _Signature]", SigV4QueryAuth)

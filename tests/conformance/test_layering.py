@@ -29,6 +29,7 @@ SHARED_BY_PROVIDERS = [
     *("_arguments", "_retry_after", "_document", "_http"),
     *("_token_endpoint", "_exchange"),
     *("_vault_login", "_vault_server"),
+    *("_aws_errors", "_aws_account"),
 ]
 FOR_STORAGE = set(CORE[: CORE.index("_manager")])
 ON_TOP = {"testing", "cli", "integrations"}

@@ -12,9 +12,8 @@ from support import secret
 
 from asyncpool_creds.providers.aws import RDSIAM, AuroraDSQL, Redshift, SecretsManager
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
 from asyncpool_creds.testing.sigv4 import SigV4Verifier
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 
 RDS_HOST = f"db.abc123.{REGION}.rds.amazonaws.com"
 DSQL_HOST = f"abc123.dsql.{REGION}.on.aws"
@@ -66,8 +65,9 @@ async def container_life() -> AsyncIterator[Life]:
     """Tokens for a quarter of an hour, which die with the credentials of the container after a second and a half."""
     verifier = SigV4Verifier(region=REGION, host="127.0.0.1")
     stub = AwsStub(verifier, lifetime=1.5)
-    async with PostgresServer() as server, stub.running(), TokenDoor(server, verifier.verify) as door:
-        await server.create_role("app")
+    server = database()
+    await server.create_role("app")
+    async with stub.running(), TokenDoor(server, verifier.verify) as door:
         verifier.port = door.port
         with environment(AWS_CONTAINER_CREDENTIALS_FULL_URI=f"{stub.url}/container"):
             yield Life(door.dsn(user="app"), RDSIAM(region=REGION))
@@ -75,20 +75,22 @@ async def container_life() -> AsyncIterator[Life]:
 
 @asynccontextmanager
 async def web_identity_life() -> AsyncIterator[Life]:
-    verifier = SigV4Verifier(region=REGION, host="127.0.0.1")
+    """The same with a role, which is assumed anew for every token, and Aurora DSQL."""
+    verifier = SigV4Verifier("dsql", region=REGION, host="127.0.0.1")
     stub = AwsStub(verifier, lifetime=1.5)
-    async with PostgresServer() as server, stub.running(), TokenDoor(server, verifier.verify) as door:
-        await server.create_role("app")
-        verifier.port = door.port
+    server = database()
+    await server.create_role("app")
+    async with stub.running(), TokenDoor(server, verifier.verify) as door:
         with web_identity(stub):
-            yield Life(door.dsn(user="app"), RDSIAM(region=REGION))
+            yield Life(door.dsn(user="app"), AuroraDSQL(region=REGION))
 
 
 @asynccontextmanager
 async def dsql_life() -> AsyncIterator[Life]:
     verifier = SigV4Verifier("dsql", region=REGION, host="127.0.0.1")
-    async with PostgresServer() as server, TokenDoor(server, verifier.verify) as door:
-        await server.create_role("admin")
+    server = database()
+    await server.create_role("admin")
+    async with TokenDoor(server, verifier.verify) as door:
         with environment(**static_key(verifier)):
             yield Life(door.dsn(user="admin"), AuroraDSQL(region=REGION, token_lifetime=2))
 
@@ -113,9 +115,10 @@ async def secret_life() -> AsyncIterator[Life]:
         return None if known.get(user) == password else "not the user's password"
 
     put("app", "v0")
-    async with PostgresServer() as server, stub.running(), TokenDoor(server, verify) as door:
-        await server.create_role("app")
-        await server.create_role("app_clone")
+    server = database()
+    await server.create_role("app")
+    await server.create_role("app_clone")
+    async with stub.running(), TokenDoor(server, verify) as door:
         with environment(AWS_ENDPOINT_URL=stub.url, **static_key()):
             yield Life(door.dsn(user="app"), SecretsManager("db", region=REGION), turn=rotate)
 
@@ -123,8 +126,9 @@ async def secret_life() -> AsyncIterator[Life]:
 @asynccontextmanager
 async def redshift_life() -> AsyncIterator[Life]:
     stub = AwsStub(lifetime=1.5)
-    async with PostgresServer() as server, stub.running(), TokenDoor(server, stub.verify_password) as door:
-        await server.create_role("IAM:app")
+    server = database()
+    await server.create_role("IAM:app")
+    async with stub.running(), TokenDoor(server, stub.verify_password) as door:
         with environment(AWS_ENDPOINT_URL=stub.url, **static_key()):
             yield Life(door.dsn(user="app"), Redshift("cluster", region=REGION))
 
@@ -132,8 +136,8 @@ async def redshift_life() -> AsyncIterator[Life]:
 CASES = {"RDSIAM": rds_case, "AuroraDSQL": dsql_case, "SecretsManager": secret_case, "Redshift": redshift_case}
 LIVES = {
     "RDSIAM, container": container_life,
-    "RDSIAM, web identity": web_identity_life,
-    "AuroraDSQL": dsql_life,
+    "AuroraDSQL, web identity": web_identity_life,
+    "AuroraDSQL, administrator": dsql_life,
     "SecretsManager": secret_life,
     "Redshift": redshift_life,
 }

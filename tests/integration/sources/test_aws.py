@@ -13,9 +13,9 @@ from datetime import UTC, datetime, timedelta
 import anyio
 import pytest
 from aiobotocore.session import AioSession
-from aws_stub import REGION, AwsStub, Refusal, environment, static_key, web_identity
+from aws_stub import REGION, AwsStub, Refusal, environment, fork, static_key, web_identity
 from botocore import exceptions
-from lag_probe import watch
+from lag_probe import watch, watch_cold
 from support import assert_no_secret, secret
 
 from asyncpool_creds import (
@@ -349,15 +349,22 @@ async def test_a_long_dsql_token_ends_with_the_credentials_that_signed_it(stub):
     assert is_about(3600, credential)
 
 
-async def test_a_pool_replaces_connections_before_dsql_ends_their_sessions(server, observer):
+async def test_a_pool_replaces_connections_before_dsql_ends_their_sessions_after_an_hour(server, clock, observer):
     verifier = SigV4Verifier("dsql")
     with environment(**static_key(verifier)):
         async with TokenDoor(server, verifier.verify) as door:
-            provider = AuroraDSQL(region=REGION)
-            async with create_pool(door.dsn(sslmode="disable"), credentials=provider, min_size=1, max_size=1) as pool:
-                assert provider.session_lifetime == 3600
-                assert pool.manager is not None
-                assert pool.manager.session_lifetime == 3600
+            provider = AuroraDSQL("127.0.0.1", "app", region=REGION, token_lifetime=86400, clock=clock)
+            async with TokenManager(provider, clock=clock, on_event=observer) as manager:
+                dsn = door.dsn(sslmode="disable")
+                async with create_pool(dsn, credentials=manager, min_size=1, max_size=1) as pool:
+                    (connection,) = pool.stats().connections
+                    clock.advance(3300)
+
+                    assert await pool.fetchval("SELECT 1") == 1
+
+                    # Whoever is handed a connection at its end has five minutes left; a transaction may take that long.
+                    assert 3200 < connection.seconds_left <= 3300
+                    assert pool.stats().retired == {"max_lifetime": 1}
 
 
 # Who signs
@@ -450,6 +457,50 @@ async def test_after_a_refusal_other_credentials_are_looked_for(stub, verifier):
         assert verifier.verify("app", (await provider.fetch()).password) is None
 
 
+async def test_a_pool_whose_signing_credentials_were_revoked_logs_in_with_others(server, observer):
+    verifier = SigV4Verifier(region=REGION, host="127.0.0.1")
+    stub = AwsStub(verifier, lifetime=3600)
+    async with stub.running(), TokenDoor(server, verifier.verify) as door:
+        verifier.port = door.port
+        with environment(AWS_CONTAINER_CREDENTIALS_FULL_URI=f"{stub.url}/container"):
+            dsn = door.dsn(sslmode="disable")
+            async with create_pool(
+                dsn, credentials=RDSIAM(region=REGION), min_size=1, max_size=1, on_event=observer
+            ) as pool:
+                verifier.revoke_key("ASIAEXAMPLE1")
+                await pool.drain()
+
+                assert await pool.fetchval("SELECT 1") == 1
+
+        assert door.refusals == ["unknown access key"]
+    assert stub.operations() == ["Container", "Container"]
+
+
+async def test_keys_that_sts_refuses_are_looked_for_again(stub, verifier):
+    def profile(key):
+        return f"""
+[profile base]
+aws_access_key_id = {key}
+aws_secret_access_key = {secret(key)}
+[profile app]
+role_arn = arn:aws:iam::123456789012:role/app
+source_profile = base
+"""
+
+    with environment(AWS_PROFILE="app", AWS_ENDPOINT_URL_STS=stub.url) as directory:
+        (directory / "config").write_text(profile("AKIAOLD"), encoding="utf-8")
+        provider = rds()
+        stub.refusal = Refusal(403, "InvalidClientTokenId")
+        await refusal(provider)
+        await stub.heal()
+        (directory / "config").write_text(profile("AKIANEW"), encoding="utf-8")
+
+        credential = await provider.fetch()
+
+    assert verifier.verify("app", credential.password) is None
+    assert ["AKIANEW/" in asked.headers["Authorization"] for asked in stub.asked] == [False, True]
+
+
 async def test_a_dsql_token_that_was_refused_is_signed_with_other_credentials_next_time(stub):
     with environment(AWS_CONTAINER_CREDENTIALS_FULL_URI=f"{stub.url}/container"):
         provider = AuroraDSQL(CLUSTER, "app")
@@ -514,7 +565,16 @@ async def test_not_even_the_first_fetch_holds_up_the_loop(source, stub):
             await manager.refresh()
 
     with web_identity(stub) if source == "web identity" else environment(**variables[source]):
-        probe = await watch(refresh)
+        probe = await watch(refresh, attempts=8)
+
+    assert probe.steps > 2
+    assert probe.blocking == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_the_very_first_fetch_of_a_process_does_not_hold_up_the_loop(stub):
+    with web_identity(stub):
+        probe = await watch_cold("from asyncpool_creds.providers.aws import RDSIAM", f"RDSIAM('{HOST}', user='app')")
 
     assert probe.steps > 2
     assert probe.blocking == []
@@ -742,7 +802,7 @@ def test_a_forked_child_makes_its_own_tokens(verifier):
     with environment(**static_key(verifier)):
         provider = rds()
         asyncio.run(provider.fetch())
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:

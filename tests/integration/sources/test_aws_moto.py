@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import boto3
 import httpx
 import pytest
-from aws_stub import REGION, environment
+from aws_stub import REGION, environment, fork
 from moto.server import ThreadedMotoServer
 from moto.sts.models import sts_backends
 from support import secret
@@ -158,6 +162,35 @@ async def test_a_secret_is_rotated(url, administrator):
     assert (before.password, before.version) == (secret("1"), first["VersionId"])
     assert (after.password, after.version) == (secret("2"), second["VersionId"])
     assert manager.stats().rotations == 1
+
+
+def test_a_forked_child_asks_by_itself_and_leaves_the_connections_of_its_parent_alone(url, administrator):
+    administrator("secretsmanager").create_secret(Name="forked", SecretString=secret())
+
+    async def fetch_as_a_child(provider):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            credential = await provider.fetch()
+            await provider.aclose()
+            gc.collect()
+        return credential.password == secret() and not caught
+
+    with environment(AWS_ENDPOINT_URL=url, **KEY), asyncio.Runner() as loop:
+        provider = SecretsManager("forked", region=REGION)
+        loop.run(provider.fetch())
+        child = fork()
+        if child == 0:
+            status = 1
+            try:
+                status = 0 if asyncio.run(fetch_as_a_child(provider)) else 2
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        again = loop.run(provider.fetch())
+        loop.run(provider.aclose())
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert again.password == secret()
 
 
 async def test_a_secret_may_be_binary_or_missing_or_about_to_be_deleted(url, administrator):

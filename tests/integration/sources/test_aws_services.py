@@ -13,7 +13,7 @@ import pytest
 from aiobotocore.session import AioSession
 from aws_stub import REGION, AwsStub, Refusal, environment, static_key
 from botocore import exceptions
-from lag_probe import watch
+from lag_probe import watch, watch_cold
 from support import assert_no_secret, secret
 
 from asyncpool_creds import (
@@ -35,6 +35,17 @@ pytestmark = pytest.mark.anyio
 ARN = "arn:aws:secretsmanager:sa-east-1:123456789012:secret:db-a1b2c3"
 CLUSTER = f"sales.abc123.{REGION}.redshift.amazonaws.com"
 WORKGROUP = "sales.123456789012.us-west-2.redshift-serverless.amazonaws.com"
+ALL = [
+    pytest.param(SecretsManager, {"secret": "db"}, id="SecretsManager"),
+    pytest.param(Redshift, {"cluster": "sales", "user": "app"}, id="Redshift"),
+    pytest.param(Redshift, {"workgroup": "sales"}, id="Redshift Serverless"),
+]
+PERMISSIONS = {
+    "GetSecretValue": "secretsmanager:GetSecretValue, and kms:Decrypt with its key",
+    "GetClusterCredentials": "redshift:GetClusterCredentials "
+    "(with auto_create also redshift:CreateClusterUser, with groups redshift:JoinGroup)",
+    "GetCredentials": "redshift-serverless:GetCredentials",
+}
 REFUSALS = [
     (400, "AccessDeniedException", "allow {permission} for this identity", False),
     (403, "AccessDenied", "allow {permission} for this identity", False),
@@ -128,13 +139,14 @@ async def test_a_given_user_comes_before_the_one_in_the_secret(stub, make):
     assert (await make(SecretsManager, "db", user="reader").fetch()).user == "reader"
 
 
-@pytest.mark.parametrize("text", [secret(), "12345", '"quoted"', "{broken", '["list"]'])
-async def test_a_plain_string_is_the_password(stub, make, text):
-    put(stub, text)
+async def test_a_plain_string_is_the_password(stub, make):
+    provider = make(SecretsManager, "db", user="app")
+    for text in (secret(), "12345", '"quoted"', "{broken", '["list"]'):
+        put(stub, text)
 
-    credential = await make(SecretsManager, "db", user="app").fetch()
+        credential = await provider.fetch()
 
-    assert (credential.user, credential.password) == ("app", text)
+        assert (credential.user, credential.password) == ("app", text)
 
 
 async def test_a_password_may_look_like_json_if_that_is_said(stub, make):
@@ -144,9 +156,9 @@ async def test_a_password_may_look_like_json_if_that_is_said(stub, make):
     assert (await make(SecretsManager, "db", password_key=None).fetch()).password == text
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+async def test_a_secret_may_be_of_no_use(stub, make):
+    provider = make(SecretsManager, "db")
+    for content, message in (
         ({"username": "app", "pass": secret()}, "it has no string under the key 'password'; pass password_key"),
         ({"username": "app", "password": 12345}, "it has no string under the key 'password'"),
         ({"username": 7, "password": secret()}, "what it has under the key 'username' is no user; pass user_key"),
@@ -154,17 +166,15 @@ async def test_a_password_may_look_like_json_if_that_is_said(stub, make):
         ({"password": ""}, "its password is empty"),
         ({"password": f"{secret()}\0"}, "or holds characters that no server accepts"),
         (f"{secret()}\0", "or holds characters that no server accepts"),
-    ],
-)
-async def test_a_secret_may_be_of_no_use(stub, make, content, message):
-    put(stub, content)
+    ):
+        put(stub, content)
 
-    error = await refusal(make(SecretsManager, "db"))
+        error = await refusal(provider)
 
-    assert "the secret 'db' is of no use" in str(error)
-    assert message in str(error)
-    assert error.retryable is False
-    assert_no_secret(error)
+        assert "the secret 'db' is of no use" in str(error)
+        assert message in str(error)
+        assert error.retryable is False
+        assert_no_secret(error)
 
 
 async def test_a_binary_secret_is_refused(stub, make):
@@ -176,11 +186,10 @@ async def test_a_binary_secret_is_refused(stub, make):
     assert error.retryable is False
 
 
-@pytest.mark.parametrize("garbage", ["{}", "[]", "null", "<html>", ""])
-async def test_what_is_no_answer_is_no_secret(stub, make, garbage):
-    stub.garbage = garbage
-
-    for provider in (make(SecretsManager, "db"), make(Redshift, workgroup="sales")):
+@pytest.mark.parametrize(("kind", "options"), ALL)
+async def test_what_is_no_answer_is_no_secret(stub, make, kind, options):
+    provider = make(kind, **options)
+    for stub.garbage in ("{}", "[]", "null", "<html>", ""):
         error = await refusal(provider)
 
         assert "proxy" in str(error)
@@ -377,33 +386,21 @@ async def test_what_redshift_is_meant_may_not_be_known(make):
 # Troubles
 
 
-@pytest.mark.parametrize(("status", "code", "advice", "retryable"), REFUSALS)
-@pytest.mark.parametrize(
-    ("make_provider", "operation", "permission"),
-    [
-        (
-            lambda make: make(SecretsManager, "db"),
-            "GetSecretValue",
-            "secretsmanager:GetSecretValue, and kms:Decrypt with its key",
-        ),
-        (lambda make: make(Redshift, "c", user="a"), "GetClusterCredentials", "redshift:GetClusterCredentials"),
-        (lambda make: make(Redshift, workgroup="sales"), "GetCredentials", "redshift-serverless:GetCredentials"),
-    ],
-    ids=["SecretsManager", "Redshift", "Redshift Serverless"],
-)
-async def test_what_aws_refuses_is_told_apart(
-    stub, make, make_provider, operation, permission, status, code, advice, retryable
-):
-    stub.refusal = Refusal(status, code, "because")
+@pytest.mark.parametrize(("kind", "options"), ALL)
+async def test_what_aws_refuses_is_told_apart(stub, make, kind, options):
+    provider = make(kind, **options)
+    for status, code, advice, retryable in REFUSALS:
+        stub.refusal = Refusal(status, code, "because")
+        stub.asked.clear()
 
-    error = await refusal(make_provider(make))
+        error = await refusal(provider)
 
-    expected = f"AWS refused {operation} (HTTP {status}, {code}: because); {advice.format(permission=permission)}"
-    assert expected in str(error)
-    assert error.retryable is retryable
-    assert isinstance(error.__cause__, exceptions.ClientError)
-    # One attempt: the manager is the one who tries again.
-    assert len(stub.asked) == 1
+        # One attempt: the manager is the one who tries again.
+        (operation,) = stub.operations()
+        said = f"AWS refused {operation} (HTTP {status}, {code}: because); "
+        assert said + advice.format(permission=PERMISSIONS[operation]) in str(error)
+        assert error.retryable is retryable, code
+        assert isinstance(error.__cause__, exceptions.ClientError)
 
 
 async def test_botocore_finds_mistakes_before_aws_does(make):
@@ -419,12 +416,46 @@ async def test_patience_that_aws_asks_for_is_passed_on(stub, make):
     assert (await refusal(make(SecretsManager, "db"))).retry_after == 17
 
 
-async def test_creating_a_user_needs_one_more_permission(stub, make):
-    stub.refusal = Refusal(403, "AccessDenied")
+@pytest.mark.parametrize(("kind", "options"), ALL[:2])
+async def test_keys_that_aws_refuses_are_looked_for_again(stub, make, kind, options):
+    put(stub, secret())
+    with environment(AWS_ENDPOINT_URL=stub.url) as directory:
+        provider = make(kind, **options)
 
-    error = await refusal(make(Redshift, "sales", user="app", auto_create=True))
+        async def ask_with(key):
+            text = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret(key)}\n"
+            (directory / "credentials").write_text(text, encoding="utf-8")
+            await provider.fetch()
 
-    assert "allow redshift:GetClusterCredentials, redshift:CreateClusterUser for this identity" in str(error)
+        await ask_with("AKIAFIRST")
+        await ask_with("AKIASECOND")
+        for key, code in (("AKIATHIRD", "ExpiredTokenException"), ("AKIAFOURTH", "InvalidClientTokenId")):
+            stub.refusal = Refusal(403, code)
+            await refusal(provider)
+            await stub.heal()
+            await ask_with(key)
+
+    keys = [asked.headers["Authorization"].partition("Credential=")[2].partition("/")[0] for asked in stub.asked]
+    # A file is read once, as long as what it said is good.
+    assert keys == [*["AKIAFIRST"] * 3, *["AKIATHIRD"] * 2, "AKIAFOURTH"]
+
+
+async def test_those_who_share_refused_keys_share_others_afterwards(stub, make):
+    parent = make(Redshift, "sales")
+    both = [parent.bind(Target("one", 5439, user, "dev")) for user in ("app", "etl")]
+    await asyncio.gather(*(provider.fetch() for provider in both))
+    stub.refusal = Refusal(400, "ExpiredToken")
+    errors = await asyncio.gather(*(provider.fetch() for provider in both), return_exceptions=True)
+    await stub.heal()
+
+    credentials = await asyncio.gather(*(provider.fetch() for provider in both))
+
+    # Whichever was refused first has closed the client of the other.
+    assert [(type(error), error.retryable) for error in errors] == [(ProviderError, True)] * 2
+    assert [credential.user for credential in credentials] == ["IAM:app", "IAM:etl"]
+    for provider in both:
+        await provider.aclose()
+    gc.collect()
 
 
 async def test_aws_may_be_out_of_reach(stub, make):
@@ -528,20 +559,29 @@ async def test_two_that_start_at_once_share_a_client(stub, make):
     gc.collect()
 
 
-@pytest.mark.parametrize("kind", ["SecretsManager", "Redshift", "Redshift Serverless"])
-async def test_not_even_the_first_fetch_holds_up_the_loop(kind, stub, make):
+@pytest.mark.parametrize(("kind", "options"), ALL)
+async def test_not_even_the_first_fetch_holds_up_the_loop(kind, options, stub, make):
     put(stub, secret())
-    fresh = {
-        "SecretsManager": lambda: make(SecretsManager, "db"),
-        "Redshift": lambda: make(Redshift, "sales", user="app"),
-        "Redshift Serverless": lambda: make(Redshift, workgroup="sales"),
-    }[kind]
 
     async def refresh():
-        async with TokenManager(fresh(), on_event=[]) as manager:
+        async with TokenManager(make(kind, **options), on_event=[]) as manager:
             await manager.refresh()
 
-    probe = await watch(refresh)
+    probe = await watch(refresh, attempts=8)
+
+    assert probe.steps > 2
+    assert probe.blocking == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize(("kind", "options"), ALL[:2])
+async def test_the_very_first_fetch_of_a_process_does_not_hold_up_the_loop(kind, options, stub):
+    put(stub, secret())
+
+    name = kind.__name__
+    probe = await watch_cold(
+        f"from asyncpool_creds.providers.aws import {name}", f"{name}(**{options!r}, region={REGION!r})"
+    )
 
     assert probe.steps > 2
     assert probe.blocking == []
@@ -571,6 +611,28 @@ async def test_loading_the_models_of_the_sdk_leaves_others_their_turn(stub, make
     put(stub, secret())
 
     assert min([await longest_turn_of_others(make(SecretsManager, "db").fetch) for _ in range(3)]) < 0.010
+
+
+async def test_a_fetch_that_is_cancelled_while_a_client_is_made_leaves_nothing_open(stub, make, monkeypatch):
+    put(stub, secret())
+    loop, making, create_client = asyncio.get_running_loop(), asyncio.Event(), AioSession.create_client
+
+    def tell(self, *arguments, **options):
+        loop.call_soon_threadsafe(making.set)
+        return create_client(self, *arguments, **options)
+
+    monkeypatch.setattr(AioSession, "create_client", tell)
+    provider = make(SecretsManager, "db")
+    fetch = asyncio.create_task(provider.fetch())
+    await making.wait()
+
+    fetch.cancel()
+    await asyncio.wait([fetch])
+
+    assert fetch.cancelled()
+    assert (await provider.fetch()).password == secret()
+    # What was left open would be a ResourceWarning, and so an error.
+    gc.collect()
 
 
 def test_it_works_in_one_event_loop_after_the_other():
