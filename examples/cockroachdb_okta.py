@@ -5,10 +5,14 @@ using JSON Web Tokens")::
 
     SET CLUSTER SETTING server.jwt_authentication.enabled = on;
     SET CLUSTER SETTING server.jwt_authentication.issuers.configuration = 'https://acme.okta.com/oauth2/default';
-    SET CLUSTER SETTING server.jwt_authentication.jwks = '<what the issuer serves at jwks_uri>';
+    SET CLUSTER SETTING server.jwt_authentication.jwks_auto_fetch.enabled = on;
     SET CLUSTER SETTING server.jwt_authentication.audience = '<the client id; for access tokens, their audience>';
+    SET CLUSTER SETTING server.jwt_authentication.claim = 'email';
     SET CLUSTER SETTING server.identity_map.configuration =
         'https://acme.okta.com/oauth2/default /^(.*)@acme\\.com$ \\1';
+
+And what Okta needs: a claim "email" in ID tokens, included "Always" (Security, API, the
+authorization server, Claims). By default it is left out of one that comes with an access token.
 
 Settings come from the environment::
 
@@ -38,7 +42,7 @@ async def main() -> str:
         password=os.environ["OKTA_PASSWORD"],
         # The ID token says who somebody is; offline_access asks for a refresh token, so that
         # the password is sent once and not every hour.
-        scope="openid offline_access",
+        scope="openid email offline_access",
         use="id_token",
     )
     pool: asyncpool_creds.CredentialPool[asyncpg.Record] = asyncpool_creds.create_pool(

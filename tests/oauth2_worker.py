@@ -1,4 +1,4 @@
-"""Processes that fetch tokens, each led through a connection, and stopped at any step of an exchange.
+"""Processes that fetch tokens, each led through a connection, and killed at any line of their exchange.
 
 As a script it forks one for each line of its standard input, which says where to connect to and what to make, as JSON.
 """
@@ -7,82 +7,43 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 from storages import Place
 
+import asyncpool_creds.providers
 from asyncpool_creds import Credential, CredentialRefreshed, Event, ProviderError, TokenManager
 from asyncpool_creds.providers.oauth2 import OAuth2
-from asyncpool_creds.storage import StoredTokens
 
-# The steps of an exchange that a process can be stopped at; between "request sent" and "answer received" is the issuer.
-STEPS_BEFORE_THE_MARK = ("before the lock", "lock held", "loaded", "before the mark")
-STEPS_UNTIL_THE_SAVE = ("marked", "before the request", "answer received", "before the save")
-STEPS_AFTER_THE_SAVE = ("saved", "before the unlock", "unlocked")
+# What the storages do is stopped in tests of their own.
+PROVIDERS = str(Path(asyncpool_creds.providers.__file__).parent)
 
 
-class Stops:
-    """Where the process stops, and says so."""
+def die_at(line: int) -> None:
+    """Kill this process when it comes to its n-th line of a provider's code from now on."""
+    lines = itertools.count(1)
 
-    def __init__(self, say: Callable[..., None]) -> None:
-        self._say = say
-        self.step: str | None = None
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PROVIDERS):
+            return None
+        if event == "line" and next(lines) == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
 
-    async def at(self, step: str) -> None:
-        if step == self.step:
-            self._say(stopped=step)
-            await asyncio.Event().wait()
-
-    def client(self) -> httpx.AsyncClient:
-        async def request(_: httpx.Request) -> None:
-            await self.at("before the request")
-
-        async def response(_: httpx.Response) -> None:
-            await self.at("answer received")
-
-        # Nothing here is served over TLS, and reading the certificate authorities takes its time.
-        return httpx.AsyncClient(event_hooks={"request": [request], "response": [response]}, verify=False)
+    sys.settrace(trace)
 
 
-class StoppingStorage:
-    """A storage that stops where it is told to."""
-
-    def __init__(self, storage: Any, stops: Stops) -> None:
-        self._storage = storage
-        self._stops = stops
-
-    async def load(self, key: str) -> StoredTokens | None:
-        tokens: StoredTokens | None = await self._storage.load(key)
-        await self._stops.at("loaded")
-        return tokens
-
-    async def save(self, key: str, tokens: StoredTokens) -> None:
-        await self._stops.at("before the mark" if tokens.is_being_spent else "before the save")
-        await self._storage.save(key, tokens)
-        await self._stops.at("marked" if tokens.is_being_spent else "saved")
-
-    async def delete(self, key: str) -> None:
-        await self._storage.delete(key)
-
-    async def keys(self, prefix: str = "") -> list[str]:
-        keys: list[str] = await self._storage.keys(prefix)
-        return keys
-
-    @asynccontextmanager
-    async def lock(self, key: str) -> AsyncIterator[None]:
-        await self._stops.at("before the lock")
-        async with self._storage.lock(key):
-            await self._stops.at("lock held")
-            yield
-            await self._stops.at("before the unlock")
-        await self._stops.at("unlocked")
+def client() -> httpx.AsyncClient:
+    # Nothing here is served over TLS, and reading the certificate authorities takes its time.
+    return httpx.AsyncClient(verify=False)
 
 
 def name(credential: Credential) -> str:
@@ -91,14 +52,13 @@ def name(credential: Credential) -> str:
 
 
 async def work(port: int, place: Place, arguments: dict[str, Any]) -> None:
-    """Do what comes through the connection, until it ends; anything but a command is the name of a step to stop at."""
+    """Do what comes through the connection, until it ends; a number is the line of the next fetch to die at."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
     def say(**members: object) -> None:
         writer.write(json.dumps(members).encode() + b"\n")
 
-    stops = Stops(say)
-    provider = OAuth2(storage=StoppingStorage(place.open(), stops), http_client=stops.client, **arguments)
+    provider = OAuth2(storage=place.open(), http_client=client, **arguments)
     manager: TokenManager | None = None
 
     def tell(event: Event) -> None:
@@ -107,18 +67,23 @@ async def work(port: int, place: Place, arguments: dict[str, Any]) -> None:
             assert manager.current is not None
             say(token=name(manager.current))
 
-    async def fetch() -> None:
+    async def fetch(line: int) -> None:
+        if line:
+            die_at(line)
         try:
             say(token=name(await provider.fetch()))
         except ProviderError as error:
             say(error=str(error), retryable=error.retryable)
+        finally:
+            sys.settrace(None)
 
     tasks: set[asyncio.Task[object]] = set()
+    last_line = 0
     while line := await reader.readline():
         match json.loads(line):
             case "fetch":
-                # A process that is stopped must notice the end of its connection.
-                tasks.add(asyncio.create_task(fetch()))
+                # Whoever waits for a lock must notice the end of the connection.
+                tasks.add(asyncio.create_task(fetch(last_line)))
             case "tell the pid":
                 say(pid=os.getpid())
             case "manage":
@@ -128,8 +93,8 @@ async def work(port: int, place: Place, arguments: dict[str, Any]) -> None:
                 assert manager is not None
                 await manager.aclose()
                 say(fetches=manager.stats().fetches)
-            case step:
-                stops.step = step
+            case line_to_die_at:
+                last_line = line_to_die_at
 
 
 def main() -> None:

@@ -41,6 +41,8 @@ _THRESHOLD_SHARE: Final = 5
 _WARN_BEFORE: Final = timedelta(days=3)
 # Two expiries that are closer than this are the same one, computed from two answers.
 _SAME_MOMENT: Final = timedelta(minutes=1)
+# Between two answers, to tell an end that moves from one that stays: lifetimes are stated in whole seconds.
+_LONG_ENOUGH: Final = timedelta(seconds=10)
 # Seconds between attempts to store what could not be stored.
 _FIRST_RETRY: Final = 1.0
 _LONGEST_RETRY: Final = 60.0
@@ -329,18 +331,18 @@ class Exchange:
             return credential
         tokens = replace(tokens, credential=credential, obtained_at=answer.requested_at)
         await self._save(tokens)
-        self._warn(tokens.expires_at, held.expires_at, _due(credential, answer.requested_at))
+        self._warn(tokens, held, _due(credential, answer.requested_at))
         return credential
 
-    def _warn(self, end: datetime | None, end_before: datetime | None, due: datetime | None) -> None:
+    def _warn(self, tokens: StoredTokens, held: StoredTokens, due: datetime | None) -> None:
         """Report a refresh token that ends before a person may notice, and that refreshing does not prolong."""
+        end = tokens.expires_at
         if end is None or (self._can_log_in and not self._needs_a_person):
             return
         if self._warned_of is not None and abs(end - self._warned_of) <= _SAME_MOMENT:
             return
-        is_prolonged = end_before is None or end - end_before > _SAME_MOMENT
         ends_before_use = due is not None and end <= due
-        if ends_before_use or (not is_prolonged and end - self._now() <= _WARN_BEFORE):
+        if ends_before_use or (_is_end_fixed(tokens, held) and end - self._now() <= _WARN_BEFORE):
             self._warned_of = end
             advice = (
                 "somebody must log in again by then; the next fetch after it will ask for it"
@@ -427,6 +429,15 @@ def _due(credential: Credential, obtained_at: datetime) -> datetime | None:
     """Return when a manager that is not told otherwise asks for the next one; None: not on its own."""
     end = credential.expires_at
     return None if end is None else end - min(_THRESHOLD, (end - obtained_at) / _THRESHOLD_SHARE)
+
+
+def _is_end_fixed(tokens: StoredTokens, held: StoredTokens) -> bool:
+    """Return whether the end of a refresh token is seen to stay where it is, while time goes by."""
+    end, end_before = tokens.expires_at, held.expires_at
+    if end is None or end_before is None or tokens.obtained_at is None or held.obtained_at is None:
+        return False
+    elapsed = tokens.obtained_at - held.obtained_at
+    return elapsed >= _LONG_ENOUGH and end - end_before < elapsed / 2
 
 
 def _or_throw(outcome: T | Failure) -> T:

@@ -19,7 +19,7 @@ import httpx
 
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds.providers._arguments import parse_seconds
-from asyncpool_creds.providers._retry_after import parse_retry_after
+from asyncpool_creds.providers._retry_after import parse_rate_limit_reset, parse_retry_after
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -37,6 +37,8 @@ __all__ = [
 _NOTHING_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 # Too many requests, too early, took too long: 408 (RFC 9110), 425 (RFC 8470), 429 (RFC 6585).
 _TRANSIENT_STATUS: Final = frozenset({408, 425, 429})
+# What those who send no Retry-After with a 429 send instead: Okta the first, Auth0 the second.
+_RATE_LIMIT_RESETS: Final = ("X-Rate-Limit-Reset", "X-RateLimit-Reset")
 # Clients inherited by a forked child: closing their sockets is the parent's business, so they are only kept.
 _inherited: list[httpx.AsyncClient] = []
 
@@ -199,8 +201,12 @@ def is_transient(status: int) -> bool:
 
 
 def retry_after(response: httpx.Response, now: datetime) -> float | None:
-    """Return the seconds of a Retry-After header; None: there is none, or none that can be read."""
-    return parse_retry_after(response.headers.get("Retry-After"), now)
+    """Return the seconds to wait that an answer asks for; None: it does not, or not in a way that can be read."""
+    wait = parse_retry_after(response.headers.get("Retry-After"), now)
+    if wait is not None or response.status_code != 429:
+        return wait
+    resets = (parse_rate_limit_reset(response.headers.get(name), now) for name in _RATE_LIMIT_RESETS)
+    return next((reset for reset in resets if reset is not None), None)
 
 
 def without_query(url: str) -> str:

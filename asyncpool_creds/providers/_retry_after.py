@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Final
 
-__all__ = ["parse_retry_after"]
+__all__ = ["parse_rate_limit_reset", "parse_retry_after"]
+
+_YEAR: Final = 366 * 86_400.0
 
 
 def parse_retry_after(header: str | None, now: datetime) -> float | None:
@@ -20,3 +23,12 @@ def parse_retry_after(header: str | None, now: datetime) -> float | None:
     if at.tzinfo is None:
         at = at.replace(tzinfo=UTC)
     return max((at - now).total_seconds(), 0.0)
+
+
+def parse_rate_limit_reset(header: str | None, now: datetime) -> float | None:
+    """Return the seconds until a rate limit ends: some state the moment, in seconds since 1970, and others the wait."""
+    text = (header or "").strip()
+    if not (text.isascii() and text.isdigit()):
+        return None
+    seconds = float(text)
+    return seconds if seconds < _YEAR else max(seconds - now.timestamp(), 0.0)

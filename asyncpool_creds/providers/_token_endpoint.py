@@ -118,7 +118,7 @@ class _Addresses:
 
 
 class TokenEndpoint:
-    """An issuer's token endpoint, and what its metadata says beside it; discovered once.
+    """An issuer's token endpoint, and what its metadata says beside it; discovered once, and anew if it has moved.
 
     Args:
         source: Who asks, for messages.
@@ -150,6 +150,7 @@ class TokenEndpoint:
         self._secrets: Final = tuple(secret for secret in (*secrets, client.secret) if secret)
         self._http: Final = http
         self._clock: Final = clock
+        self._is_discovered: Final = token_url is None
         self._addresses = None if token_url is None else _Addresses(token_url, None, client.auth or "basic")
 
     @property
@@ -276,6 +277,9 @@ class TokenEndpoint:
         where, status = without_query(str(response.request.url)), response.status_code
         code, description = _complaint(members)
         wait = retry_after(response, self._now())
+        if self._is_discovered and not code and not is_transient(status):
+            # Whatever speaks there, it is no token endpoint any more: the next request looks for it anew.
+            self._addresses = None
         if response.is_redirect:
             message = (
                 f"{self._source}: {where} redirects (HTTP {status}), where secrets do not follow; correct the address"

@@ -96,6 +96,7 @@ async def test_client_credentials_give_an_access_token_only(issuer, ask):
         ({**LOGIN, "password": "wrong"}, "invalid_grant"),
         ({**LOGIN, "username": "bob"}, "invalid_grant"),
         ({"grant_type": "refresh_token"}, "invalid_request"),
+        ({"grant_type": "urn:ietf:params:oauth:grant-type:device_code"}, "invalid_request"),
         ({"grant_type": "refresh_token", "refresh_token": "junk"}, "invalid_grant"),
         ({"grant_type": "client_credentials"}, "unauthorized_client"),
         ({"grant_type": ["password", "password"]}, "invalid_request"),
@@ -200,6 +201,7 @@ async def test_verify_says_why_a_token_is_no_good(issuer, ask, clock):
     _, _, other_signature = issuer.mint("ann").rpartition(".")
     async with TokenIssuer(clock=clock) as other:
         foreign = other.mint("ann")
+    otherwise_signed = jwt.encode({"sub": "ann"}, "k" * 32, headers={"kid": jwt.get_unverified_header(good)["kid"]})
 
     reasons = {
         token: issuer.verify("ann", token)
@@ -208,6 +210,7 @@ async def test_verify_says_why_a_token_is_no_good(issuer, ask, clock):
             "junk",
             f"{signed}.A",
             f"{signed}.{other_signature}",
+            otherwise_signed,
             answer["refresh_token"],
             foreign,
             issuer.mint("ann", audience="elsewhere"),
@@ -222,6 +225,7 @@ async def test_verify_says_why_a_token_is_no_good(issuer, ask, clock):
         "malformed",
         "malformed",
         "signature",
+        "malformed",
         "kind",
         "issuer",
         "audience",

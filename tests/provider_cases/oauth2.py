@@ -11,8 +11,7 @@ from support import secret
 from asyncpool_creds.providers.oauth2 import OAuth2
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.issuer import TokenIssuer
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 
 CLIENT = {"client_id": "app", "client_secret": secret("app")}
 
@@ -63,10 +62,13 @@ def case_of(
 
 @asynccontextmanager
 async def oauth2_life() -> AsyncIterator[Life]:
-    async with PostgresServer() as server, TokenIssuer({"ada": secret("ada")}, access_lifetime=2) as issuer:
-        await server.create_role("ada")
-        async with TokenDoor(server, issuer.verify) as door:
-            yield Life(door.dsn(user="ada"), OAuth2(issuer.url, username="ada", password=secret("ada")))
+    server = database()
+    await server.create_role("ada")
+    async with (
+        TokenIssuer({"ada": secret("ada")}, access_lifetime=1) as issuer,
+        TokenDoor(server, issuer.verify) as door,
+    ):
+        yield Life(door.dsn(user="ada"), OAuth2(issuer.url, username="ada", password=secret("ada")))
 
 
 CASES = {

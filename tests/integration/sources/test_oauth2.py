@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import functools
 import json
 import logging
 import os
@@ -14,6 +16,7 @@ import traceback
 import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio.to_thread
 import asyncpg
@@ -318,6 +321,42 @@ async def test_unknown_metadata_is_a_refusal_for_good():
 
 async def test_discovery_that_failed_is_tried_again():
     provider, seen = answering(httpx.Response(500), metadata(), good(), issuer=ISSUER)
+    await refusal(provider)
+
+    await provider.fetch()
+
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        httpx.Response(404),
+        httpx.Response(410, text="moved"),
+        httpx.Response(308, headers={"Location": "https://elsewhere.example.com/t"}),
+        httpx.Response(200, text="<html>"),
+    ],
+)
+async def test_a_token_endpoint_that_has_moved_is_discovered_anew(gone):
+    moved = metadata(token_endpoint="https://tokens.example.com/new")
+    provider, seen = answering(metadata(), good(), gone, moved, good(), good(), issuer=ISSUER)
+    await provider.fetch()
+
+    await refusal(provider)
+    for _ in range(2):
+        await provider.fetch()
+
+    assert [request.url.path for request in seen] == [
+        "/tenant/.well-known/openid-configuration",
+        *("/t", "/t"),
+        "/tenant/.well-known/openid-configuration",
+        *("/new", "/new"),
+    ]
+
+
+@pytest.mark.parametrize("trouble", [httpx.Response(503), httpx.Response(400, json={"error": "invalid_request"})])
+async def test_what_an_endpoint_in_place_answers_does_not_have_it_discovered_anew(trouble):
+    provider, seen = answering(metadata(), trouble, good(), issuer=ISSUER)
     await refusal(provider)
 
     await provider.fetch()
@@ -718,6 +757,27 @@ async def test_retry_after_is_read_in_both_forms(clock, header, seconds):
     provider, _ = answering(response, clock=clock)
 
     assert (await refusal(provider)).retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"X-Rate-Limit-Reset": "1800000042"}, 42),  # Okta
+        ({"X-RateLimit-Reset": "1800000042"}, 42),  # Auth0
+        ({"X-RateLimit-Reset": "30"}, 30),  # others
+        ({"X-Rate-Limit-Reset": "1799999990"}, 0),
+        ({"X-Rate-Limit-Reset": "soon"}, None),
+        ({"X-Rate-Limit-Reset": "soon", "X-RateLimit-Reset": "30"}, 30),
+        ({"X-Rate-Limit-Reset": "1800000042", "Retry-After": "7"}, 7),
+        ({"X-Rate-Limit-Reset": "1800000042", "Retry-After": "0"}, 0),
+    ],
+)
+async def test_the_end_of_a_rate_limit_is_waited_for_where_there_is_no_retry_after(clock, headers, seconds):
+    provider, _ = answering(httpx.Response(429, headers=headers), httpx.Response(503, headers=headers), clock=clock)
+
+    assert (await refusal(provider)).retry_after == seconds
+    # On other answers it is told how many requests are left, and nobody has to wait.
+    assert (await refusal(provider)).retry_after == (headers.get("Retry-After") and seconds)
 
 
 async def test_an_error_with_status_200_is_an_error():
@@ -1318,7 +1378,102 @@ async def test_the_cockroachdb_option_reaches_the_server(make, in_url, in_settin
     assert parameters["user"] == "ann"
 
 
+# The page, and the examples
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "providers" / "oauth2.md"
 EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def recipe(heading, **names):
+    """Return what the names of a recipe are after it was followed."""
+    _, recipes = PAGE.read_text(encoding="utf-8").split("## Recipes\n")
+    _, rest = recipes.split(f"### {heading}\n")
+    code = rest.split("```python\n")[1].split("```")[0]
+    exec(compile(code, f"{PAGE.name}: {heading}", "exec"), names)
+    return names
+
+
+def vendor(issuer, token_path):
+    """Return the function that makes an HTTP client which reaches one issuer alone, and the forms that it is sent."""
+    forms = []
+
+    def handle(request):
+        if request.method == "POST" and str(request.url) == f"{httpx.URL(issuer).join(token_path)}":
+            authorization = request.headers.get("Authorization")
+            forms.append({**httpx.QueryParams(request.content.decode()), "Authorization": authorization})
+            return good(id_token="identity", expires_in=60)
+        if str(request.url) == f"{issuer.rstrip('/')}/.well-known/openid-configuration":
+            endpoint = str(httpx.URL(issuer).join(token_path))
+            return httpx.Response(200, json={"issuer": issuer, "token_endpoint": endpoint})
+        raise AssertionError(request.url)
+
+    return lambda: httpx.AsyncClient(transport=httpx.MockTransport(handle)), forms
+
+
+OKTA = ("https://acme.okta.com/oauth2/default", "/oauth2/default/v1/token")
+BY_OKTA = {
+    "grant_type": "password",
+    "username": "ann@acme.com",
+    "password": "...",
+    "Authorization": f"Basic {base64.b64encode(b'0oa1...:...').decode()}",
+}
+BY_CLIENT = {"grant_type": "client_credentials"}
+
+
+@pytest.mark.parametrize(
+    ("heading", "issuer", "form", "password", "user"),
+    [
+        ("Okta", OKTA, {**BY_OKTA, "scope": "openid offline_access"}, "opaque", "ann"),
+        (
+            "Auth0",
+            ("https://acme.eu.auth0.com/", "/oauth/token"),
+            {**BY_CLIENT, "audience": "https://db.acme.com", "Authorization": "Basic Li4uOi4uLg=="},
+            "opaque",
+            None,
+        ),
+        (
+            "Keycloak",
+            ("https://sso.example.com/realms/acme", "/realms/acme/protocol/openid-connect/token"),
+            {**BY_CLIENT, "Authorization": "Basic YXBwOi4uLg=="},
+            "opaque",
+            "app",
+        ),
+        ("CockroachDB", OKTA, {**BY_OKTA, "scope": "openid email offline_access"}, "identity", None),
+    ],
+)
+async def test_a_recipe_of_the_page_speaks_with_its_issuer(heading, issuer, form, password, user):
+    http_client, forms = vendor(*issuer)
+    pools = []
+
+    names = recipe(
+        heading,
+        OAuth2=functools.partial(OAuth2, http_client=http_client),
+        asyncpool_creds=SimpleNamespace(create_pool=lambda *_, **options: pools.append(options)),
+    )
+    credential = await names["credentials"].fetch()
+
+    assert forms == [form]
+    assert (credential.password, credential.user) == (password, user)
+    settings = [{"options": "--crdb:jwt_auth_enabled=true"}] if heading == "CockroachDB" else []
+    assert [options["server_settings"] for options in pools] == settings
+
+
+async def test_a_workload_uses_its_own_token_as_the_page_says():
+    http_client, forms = vendor("https://login.example.com", "/token")
+
+    names = recipe(
+        "A workload's own token",
+        OAuth2=functools.partial(OAuth2, http_client=http_client),
+        Path=lambda path: SimpleNamespace(read_text=lambda: f"what is in {path}"),
+    )
+    await names["by_assertion"].fetch()
+    await names["by_exchange"].fetch()
+
+    by_assertion, by_exchange = forms
+    own = "what is in /var/run/secrets/tokens/issuer"
+    assert (by_assertion["client_id"], by_assertion["client_assertion"]) == ("app", own)
+    assert (by_exchange["subject_token"], by_exchange["audience"]) == (own, "postgresql")
 
 
 async def test_the_cockroachdb_example_logs_in_with_an_id_token(monkeypatch):

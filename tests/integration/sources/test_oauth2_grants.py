@@ -603,6 +603,15 @@ async def test_a_token_that_cannot_be_had_is_an_error_that_names_it(make, trusti
     assert trusting.fetches == 0
 
 
+async def test_what_a_function_for_tokens_says_in_our_words_is_passed_on(make, trusting):
+    def fail():
+        raise ProviderError("the signer is out of order", retryable=False, retry_after=5)
+
+    error = await refusal(make(trusting.url, assertion=fail))
+
+    assert (str(error), error.retryable, error.retry_after) == ("the signer is out of order", False, 5)
+
+
 @pytest.mark.parametrize("token", [None, "", b"bytes"])
 async def test_what_is_no_token_is_not_sent(make, trusting, token):
     error = await refusal(make(trusting.url, assertion=lambda: token))

@@ -21,7 +21,7 @@ from asyncpool_creds import (
     create_pool,
 )
 from asyncpool_creds.providers.oauth2 import OAuth2
-from asyncpool_creds.storage import MemoryStorage
+from asyncpool_creds.storage import MemoryStorage, StoredTokens
 from asyncpool_creds.testing import RecordingObserver, VirtualClock
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.issuer import TokenIssuer
@@ -486,6 +486,31 @@ async def test_closing_during_an_exchange_saves_its_result_or_leaves_no_task(mak
     assert tasks_of_ours() == set()
 
 
+async def test_closing_while_a_login_is_being_stored_lets_it_be_stored(make, issuer):
+    class SlowStorage(MemoryStorage):
+        def __init__(self):
+            super().__init__()
+            self.is_saving, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+        async def save(self, key, tokens):
+            self.is_saving.set()
+            await self.may_go_on.wait()
+            await super().save(key, tokens)
+
+    storage = SlowStorage()
+    provider = make(**LOGIN, storage=storage)
+    fetch = asyncio.create_task(provider.fetch())
+    await storage.is_saving.wait()
+    closing = asyncio.create_task(provider.aclose())
+    await asyncio.sleep(0)
+
+    storage.may_go_on.set()
+    await closing
+
+    assert (await make(**LOGIN, storage=storage).fetch()).is_same_secret(await fetch)
+    assert issuer.requests == {"password": 1}
+
+
 # In virtual time: an issuer that follows a script
 
 
@@ -566,6 +591,26 @@ def test_a_storage_that_fails_at_more_than_saving_is_tried_again_too(what):
         return saved
 
     assert script.clock.run(main()).refresh_token == secret("new")
+
+
+def test_what_another_has_stored_meanwhile_is_not_overwritten_in_the_background():
+    script = Script(lambda _: tokens(1, refresh_token=secret("mine")), refresh_token=secret("first"))
+    storage = FailingStorage("save")
+    others = StoredTokens(refresh_token=secret("others"))
+
+    async def main():
+        provider = script.provider(storage=storage)
+        provider.report_to(script.observer)
+        await provider.fetch()
+        (key,) = await storage.keys()
+        storage.failing = set()
+        await storage.save(key, others)
+        await asyncio.sleep(60)
+        stored, left = await storage.load(key), tasks_of_ours()
+        await provider.aclose()
+        return stored, left
+
+    assert script.clock.run(main()) == (others, set())
 
 
 def test_closing_does_not_wait_for_ever_for_a_storage_that_hangs():
@@ -670,12 +715,15 @@ def test_a_refresh_token_whose_end_is_fixed_is_warned_of_once_in_time():
         (lambda _: 30 * DAY, 300),
         (lambda _: 1800, 300),
         (lambda _: 300, 300),  # as long as the access token, which is refreshed sooner
+        (lambda _: DAY, 300),
+        (lambda now: int(now + DAY) - now, 300),  # a JSON Web Token, which ends with a whole second
         (lambda _: None, 300),
         (lambda _: 0, 300),  # Keycloak's word for never
     ],
 )
-def test_a_refresh_token_that_refreshing_prolongs_is_not_warned_of(life, access):
-    assert Lives(life, access=access).warnings(days=0.1, every=240) == []
+@pytest.mark.parametrize("every", [240, 0.7])
+def test_a_refresh_token_that_refreshing_prolongs_is_not_warned_of(life, access, every):
+    assert Lives(life, access=access).warnings(days=every * 30 / DAY, every=every) == []
 
 
 def test_a_refresh_token_that_ends_before_it_is_needed_is_warned_of_at_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import warnings
 from datetime import UTC, datetime, timedelta, timezone
@@ -243,7 +244,7 @@ async def test_nothing_holds_the_event_loop_up_from_the_first_use_on(place):
             await storage.keys()
             await storage.delete("key")
 
-    assert await steps_that_block(use()) == []
+    assert await steps_that_block(use) == []
 
 
 async def test_two_that_were_opened_apart_share_everything(place):
@@ -352,6 +353,7 @@ async def wait_for(child):
     [
         ({"refresh_token": 5}, TypeError, "refresh_token must be a str or None, not int"),
         ({"refresh_token": ""}, ValueError, "refresh_token is empty"),
+        ({"credential": "x"}, TypeError, "credential must be a Credential or None, not str"),
         ({"refresh_token": "x", "expires_at": "tomorrow"}, TypeError, "expires_at must be a datetime"),
         ({"refresh_token": "x", "expires_at": datetime(2030, 1, 1)}, ValueError, "expires_at is naive"),  # noqa: DTZ001
     ],
@@ -359,6 +361,26 @@ async def wait_for(child):
 def test_wrong_stored_tokens_are_refused(arguments, error, names):
     with pytest.raises(error, match=names):
         StoredTokens(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: [document],
+        lambda document: {**document, "format": 2},
+        lambda document: {**document, "refresh_token": 5},
+        lambda document: {**document, "expires_at": "soon"},
+        lambda document: {**document, "credential": [document["credential"]]},
+        lambda document: {**document, "credential": {}},
+        lambda document: {name: value for name, value in document.items() if name != "is_being_spent"},
+    ],
+)
+def test_what_is_no_stored_tokens_is_an_error_that_shows_nothing(change):
+    text = json.dumps(change(json.loads(EVERYTHING.to_json())))
+
+    with pytest.raises(ValueError, match="no stored tokens, or damaged ones") as caught:
+        StoredTokens.from_json(text)
+    assert_no_secret(caught.value)
 
 
 def test_expiry_is_kept_in_utc():

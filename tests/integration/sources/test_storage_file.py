@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import stat
 import time
 from pathlib import Path
@@ -163,6 +164,19 @@ async def test_a_pipe_is_refused_and_not_waited_for(storage, directory):
 
     with anyio.fail_after(5), pytest.raises(OSError, match="is no regular file; delete it"):
         await storage.load("key")
+
+
+async def test_what_the_system_says_of_anything_else_is_told(storage, directory, monkeypatch):
+    await storage.save("key", TOKENS)
+    (path,) = files(directory, "*.tokens")
+    path.unlink()
+    monkeypatch.chdir(directory)  # its name is too long for a socket otherwise
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path.name)
+
+        with pytest.raises(OSError, match=path.name) as caught:
+            await storage.load("key")
+    assert caught.value.errno == errno.ENXIO
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import os
 import pickle
+import re
 import ssl
 import warnings
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import anyio
 import pytest
@@ -191,6 +193,22 @@ async def test_the_loser_of_a_lock_does_not_release_it(server, client):
     assert not await client.exists("asyncpool_creds:{key}:lock")
 
 
+async def test_the_loser_of_a_lock_does_not_extend_it(server, client):
+    name = "asyncpool_creds:{key}:lock"
+    async with (
+        RedisStorage(server.url(), lock_lifetime=0.3) as storage,
+        RedisStorage(server.url(), lock_lifetime=60) as other,
+        storage.lock("key"),
+    ):
+        await client.delete(name)
+        async with other.lock("key"):
+            keeper = {task for task in tasks_of_ours() if task.get_name() == "asyncpool_creds: lock in redis"}
+            async with asyncio.timeout(5):
+                await asyncio.wait(keeper, return_when=asyncio.FIRST_COMPLETED)
+
+            assert await client.pttl(name) > 50_000
+
+
 async def test_a_lock_whose_life_is_over_is_still_ones_own_if_nobody_else_got_it(storage, client):
     async with storage.lock("key"):
         await client.delete("asyncpool_creds:{key}:lock")
@@ -313,6 +331,27 @@ async def test_a_server_without_scripts_is_told_of_and_shows_nothing():
             with pytest.raises(OSError, match=r"Redis refused: .*unknown command 'EVALSHA'$") as caught:
                 await storage.save("", StoredTokens(refresh_token=secret()))
     assert_no_secret(caught.value)
+
+
+async def test_the_commands_that_the_page_names_are_enough(server, client):
+    page = (Path(__file__).parents[3] / "docs" / "storage.md").read_text(encoding="utf-8")
+    (rules,) = re.findall(r"`(~asyncpool_creds:\* .*?)`", page)
+    await client.execute_command("ACL", "SETUSER", "app", "reset", "on", f">{secret('app')}", *rules.split())
+    await client.execute_command("ACL", "LOG", "RESET")
+
+    url = f"redis://app:{secret('app')}@127.0.0.1:{server.port}/0"
+    async with RedisStorage(url, lock_lifetime=0.1) as storage:
+        async with storage.lock("key"):
+            await storage.save("key", StoredTokens(refresh_token=secret(), expires_at=datetime.now(UTC)))
+            await storage.save("key", TOKENS)
+            await client.delete("asyncpool_creds:{key}:lock")
+            await until(lambda: client.exists("asyncpool_creds:{key}:lock"))  # extended
+        assert await storage.load("key") == TOKENS
+        assert await storage.keys() == ["key"]
+        await storage.delete("key")
+
+    refused = {entry[b"object"] for entry in await client.execute_command("ACL", "LOG")}
+    assert refused <= {b"client|setinfo"}  # what the client says of itself
 
 
 async def test_connections_that_the_server_has_closed_meanwhile_are_replaced(server, client):
@@ -441,7 +480,7 @@ async def test_reading_the_authorities_does_not_hold_the_loop_up(server, client)
             ):
                 await storage.save("key", TOKENS)
 
-        assert await steps_that_block(use()) == []
+        assert await steps_that_block(use) == []
 
 
 async def test_a_server_whose_certificate_is_not_trusted_gets_no_password(server):
