@@ -143,17 +143,17 @@ class MetadataStub:
             return "never given out"
         return "expired" if ends <= time.time() else None
 
-    def token(self) -> tuple[str, int]:
+    def token(self) -> tuple[str, float]:
         """Return a token, and when it ends."""
         now = time.time()
         if self.keeps_until is not None and self.issued:
             token, ends = next(reversed(self.issued.items()))
             if ends - now > self.keeps_until:
-                return token, int(ends)
-        ends = int(now + self.lifetime)
+                return token, ends
+        ends = now + self.lifetime
         token = secret(f"token{len(self.issued)}")
         if self.claims is not None:
-            token = ".".join(map(_encode, ({"alg": "none"}, {"exp": ends, "jti": token, **self.claims}, token)))
+            token = ".".join(map(_encode, ({"alg": "none"}, {"exp": int(ends), "jti": token, **self.claims}, token)))
         self.issued[token] = ends
         return token, ends
 
@@ -231,15 +231,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _good(path: str, parameters: Mapping[str, Any], token: str, ends: int) -> dict[str, Any]:
-    left = max(int(ends - time.time() + 0.5), 1)
+def _good(path: str, parameters: Mapping[str, Any], token: str, ends: float) -> dict[str, Any]:
+    left = max(round(ends - time.time()), 1)
     if path.endswith(":generateAccessToken"):
         return {"accessToken": token, "expireTime": f"{datetime.fromtimestamp(ends, UTC):%Y-%m-%dT%H:%M:%SZ}"}
     good: dict[str, Any] = {"access_token": token, "token_type": "Bearer"}
     if path == _APP_SERVICE:
-        return {**good, "expires_on": str(ends), "resource": parameters["resource"]}
+        return {**good, "expires_on": str(int(ends)), "resource": parameters["resource"]}
     if path == _IMDS:
-        return {**good, "expires_on": str(ends), "expires_in": str(left), "resource": parameters["resource"]}
+        return {**good, "expires_on": str(int(ends)), "expires_in": str(left), "resource": parameters["resource"]}
     return {**good, "expires_in": left}
 
 

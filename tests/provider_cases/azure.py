@@ -9,8 +9,7 @@ from metadata_stubs import Answer, MetadataStub, app_service, azure_environment,
 
 from asyncpool_creds.providers.azure import Entra
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 
 
 @asynccontextmanager
@@ -31,11 +30,12 @@ async def entra_case() -> AsyncIterator[Case]:
 @asynccontextmanager
 async def entra_life() -> AsyncIterator[Life]:
     name = "/subscriptions/1/resourcegroups/g/providers/Microsoft.ManagedIdentity/userAssignedIdentities/ada"
-    with MetadataStub(lifetime=3, claims={"xms_mirid": name}) as stub, azure_environment(**virtual_machine(stub)):
-        async with PostgresServer() as server:
-            await server.create_role("ada")
-            async with TokenDoor(server, stub.verify) as door:
-                yield Life(door.dsn(), Entra())
+    server = database()
+    await server.create_role("ada")
+    # The end is stated in whole seconds: a token lives for one at least.
+    with MetadataStub(lifetime=2, claims={"xms_mirid": name}) as stub, azure_environment(**virtual_machine(stub)):
+        async with TokenDoor(server, stub.verify) as door:
+            yield Life(door.dsn(), Entra())
 
 
 CASES = {"Entra": entra_case}

@@ -10,8 +10,7 @@ from metadata_stubs import Answer, MetadataStub, google_environment, key_of_serv
 
 from asyncpool_creds.providers.gcp import CloudSQLIAM
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life
+from provider_cases import Case, Life, database
 
 
 @asynccontextmanager
@@ -31,11 +30,11 @@ async def cloud_sql_case() -> AsyncIterator[Case]:
 
 @asynccontextmanager
 async def cloud_sql_life() -> AsyncIterator[Life]:
-    with MetadataStub(lifetime=3) as stub, google_environment(stub):
-        async with PostgresServer() as server:
-            await server.create_role("app@project.iam")
-            async with TokenDoor(server, stub.verify) as door:
-                yield Life(door.dsn(), CloudSQLIAM())
+    server = database()
+    await server.create_role("app@project.iam")
+    with MetadataStub(lifetime=1) as stub, google_environment(stub):
+        async with TokenDoor(server, stub.verify) as door:
+            yield Life(door.dsn(), CloudSQLIAM())
 
 
 CASES = {"CloudSQLIAM": cloud_sql_case}

@@ -136,7 +136,7 @@ async def test_without_a_credential_the_default_one_is_made(make, stub):
     credential = await make().fetch()
 
     assert stub.verify("", credential.password) is None
-    assert credential.expires_at == datetime.fromtimestamp(stub.issued[credential.password], UTC)
+    assert credential.expires_at == datetime.fromtimestamp(int(stub.issued[credential.password]), UTC)
     (asked,) = stub.asked
     assert asked.parameters["resource"] == RESOURCE
     assert asked.headers["X-IDENTITY-HEADER"] == "header"
@@ -424,6 +424,7 @@ async def test_what_the_metadata_endpoint_answers_decides(make, stub, when, answ
     [
         (401, 7000215, False, "localhost refused (HTTP 401, AADSTS7000215); wrong client secret"),
         (400, 700016, False, "no such application"),
+        (401, 700024, False, "is the token file still being renewed"),
         (400, 99999, False, "AADSTS99999); see Microsoft's list"),
         (400, 90033, True, "localhost is in trouble (HTTP 400, AADSTS90033)"),
         (500, 90033, True, "HTTP 500"),

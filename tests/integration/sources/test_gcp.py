@@ -128,14 +128,20 @@ async def test_a_key_file(stub, tmp_path):
     assert claims["iss"] == EMAIL
 
 
-async def test_credentials_that_are_handed_in_stay_as_they_are(stub):
+@pytest.mark.parametrize("whose", ["account's", "person's", "somebody else's"])
+async def test_credentials_that_are_handed_in_stay_as_they_are(stub, whose):
     scopes = ["https://www.googleapis.com/auth/cloud-platform"]
-    credentials = account(stub, scopes=scopes)
+    make = {
+        "account's": lambda: account(stub, scopes=scopes),
+        "person's": lambda: person(f"{stub.url}/token", scopes=scopes),
+        "somebody else's": lambda: Fixed(secret()),
+    }
+    credentials = make[whose]()
 
     await CloudSQLIAM(credentials).fetch()
 
     assert credentials.token is None
-    assert credentials.scopes == scopes
+    assert getattr(credentials, "scopes", scopes) == scopes
 
 
 async def test_an_impersonated_account(stub):
