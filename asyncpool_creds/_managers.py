@@ -15,7 +15,7 @@ import anyio
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ManagerClosed
-from asyncpool_creds._events import Observer, Observers
+from asyncpool_creds._events import Observer, Observers, log_event
 from asyncpool_creds._manager import TokenManager
 from asyncpool_creds._provider import (
     CredentialFunction,
@@ -242,7 +242,7 @@ class _Awaited:
         self._promise: Awaitable[CredentialProvider | CredentialFunction] | None = promise
         self._clock = clock
         self._provider: CredentialProvider | None = None
-        self._observer: Observer | None = None
+        self._observer: Observer = log_event
 
     async def fetch(self) -> Credential:
         if self._provider is None:
@@ -255,8 +255,7 @@ class _Awaited:
         if inspect.isawaitable(source):
             source = await source
         provider = as_provider(source, self._clock)
-        if self._observer is not None:
-            let_report(provider, self._observer)
+        let_report(provider, self._observer)
         return provider
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Final, NoReturn, Self, cast
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from weakref import WeakSet
 
 try:
@@ -62,7 +63,8 @@ class Globus:
         scopes: Resource servers and the scopes that the client has there by itself: a str with
             spaces, or several. For those, nothing is stored from logins of people.
         storage: Where tokens are kept; memory if not given. The keys are
-            ``globus:<client_id>:<resource_server>``.
+            ``globus:<client_id>:<resource_server>``, and a digest of the scopes behind it where
+            the client acts for itself: what it got with others, or from a person, is not used.
         namespace: Keeps the tokens of one person apart from those of others who use the same
             client and storage; it becomes part of the keys, as in ``globus:<client_id>/<namespace>:...``.
         url: Of Globus Auth.
@@ -213,7 +215,9 @@ class Globus:
         Raises:
             Exception: Whatever the storage raises.
         """
-        return [key.removeprefix(self._prefix) for key in await self._storage.keys(self._prefix)]
+        keys = await self._storage.keys(self._prefix)
+        names = {key: unquote(key.removeprefix(self._prefix).partition("#")[0]) for key in keys}
+        return sorted(name for key, name in names.items() if key == self._key(name))
 
     async def lookup(self, name: str) -> StoredTokens | None:
         """Return what is stored for the resource server `name`, expired or not; None: nothing is.
@@ -297,7 +301,10 @@ class Globus:
         )
 
     def _key(self, name: str) -> str:
-        return self._prefix + name
+        key, scope = self._prefix + quote(name, safe=""), self._scopes.get(name)
+        if scope is None:
+            return key
+        return f"{key}#{hashlib.sha256(' '.join(sorted(scope.split())).encode()).hexdigest()[:16]}"
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.time(), UTC)

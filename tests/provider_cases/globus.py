@@ -10,8 +10,7 @@ from support import secret
 
 from asyncpool_creds.providers.globus import Globus
 from asyncpool_creds.testing.door import TokenDoor
-from asyncpool_creds.testing.postgres import PostgresServer
-from provider_cases import Case, Life, MakeCase, MakeLife
+from provider_cases import Case, Life, MakeCase, MakeLife, database
 
 SERVICE = "2f2d7a7e-94f1-4a0e-8a3f-2c8a1a4f3b03"
 
@@ -48,13 +47,17 @@ def case(make: Callable[[GlobusAuth], Awaitable[Globus]]) -> MakeCase:
 def life(make: Callable[[GlobusAuth], Awaitable[Globus]]) -> MakeLife:
     @asynccontextmanager
     async def globus_life() -> AsyncIterator[Life]:
-        async with PostgresServer() as server, GlobusAuth(2, clients={SERVICE: secret("service")}) as auth:
-            await server.create_role("app")
-            async with TokenDoor(server, auth.verifier(DATABASE)) as door, await make(auth) as globus:
-                yield Life(door.dsn(), globus.resource(DATABASE))
+        server = database()
+        await server.create_role("app")
+        async with (
+            GlobusAuth(1, clients={SERVICE: secret("service")}) as auth,
+            TokenDoor(server, auth.verifier(DATABASE)) as door,
+            await make(auth) as globus,
+        ):
+            yield Life(door.dsn(), globus.resource(DATABASE))
 
     return globus_life
 
 
 CASES = {"Globus": case(of_a_person), "Globus client": case(of_a_client)}
-LIVES = {"Globus": life(of_a_person), "Globus client": life(of_a_client)}
+LIVES = {"GlobusResource, person": life(of_a_person), "GlobusResource, client": life(of_a_client)}

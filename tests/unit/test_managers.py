@@ -134,6 +134,23 @@ async def test_without_background_nothing_is_refreshed_between_calls(new, tenant
     assert await managers.get("a") is tenants["a"].credentials[1]
 
 
+async def test_a_source_that_does_not_state_a_lifetime_is_given_one(new, clock):
+    calls = []
+    managers = new(lambda name: lambda: calls.append(name) or secret(str(len(calls))), default_lifetime=60)
+    await managers.start("a")
+
+    await asyncio.sleep(3600)
+
+    assert 60 <= len(calls) <= 80
+
+
+async def test_the_minimum_validity_is_that_of_each_manager(new, tenants):
+    managers = await new(background=False, refresh_threshold=1, min_validity=600).start("a")
+    await asyncio.sleep(3001)
+
+    assert await managers.get("a") is tenants["a"].credentials[1]
+
+
 async def test_in_the_background_all_are_refreshed(managers, tenants):
     await managers.start("a", "b", "c")
 
@@ -468,6 +485,22 @@ async def test_a_close_that_is_cancelled_at_once_goes_on(managers, tenants, cloc
     assert tenants["a"].is_closed
 
 
+def test_an_event_loop_that_ends_ends_what_is_being_closed(caplog):
+    source = Stubborn(None)
+    managers = TokenManagers(lambda name: source, on_event=[])
+
+    async def main():
+        await managers.get("a")
+        closing = asyncio.create_task(managers.aclose())
+        await asyncio.sleep(0.01)
+        assert not closing.done()
+
+    asyncio.run(main())
+
+    assert not source.is_closed
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
 async def test_closing_waits_for_what_is_being_discarded(managers, tenants, clock):
     source = tenants.sources["a"] = Stubborn(clock)
     await managers.start("a")
@@ -525,6 +558,22 @@ async def test_what_could_not_be_looked_up_is_looked_up_again(new, tenants, obse
     assert (await managers.get("a")) is tenants["a"].credentials[0]
     assert tenants.asked_for == ["a"] * 3
     assert observer.of(RefreshFailed)[0].provider.endswith("look_up 'a'")
+
+
+async def test_what_is_looked_up_again_need_not_be_awaited(new, tenants):
+    async def out_of_order():
+        raise ConnectionError("down")
+
+    def look_up(name):
+        source = tenants(name)
+        return source if tenants.asked_for == ["a", "a"] else out_of_order()
+
+    managers = new(look_up)
+    with pytest.raises(CredentialExpired, match="ConnectionError"):
+        await managers.get("a")
+    await asyncio.sleep(60)
+
+    assert (await managers.get("a")) is tenants["a"].credentials[0]
 
 
 async def test_what_is_looked_up_too_long_is_given_up(new, tenants):
