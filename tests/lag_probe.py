@@ -22,6 +22,8 @@ import anyio.to_thread
 # What a step may take before other tasks feel it.
 LIMIT = 0.010
 _REFRESH = "TokenManager._fly"  # a factory is not told the name of the task before CPython 3.13
+# A refresh sets it off, and what it connects to is no matter of the source.
+_ROTATION = "Rotation._run"
 _is_watched: contextvars.ContextVar[bool] = contextvars.ContextVar("is_watched", default=False)
 
 
@@ -55,6 +57,10 @@ class LagProbe:
             context = keywords.get("context")
             if name == _REFRESH and context is not None:
                 context.run(_is_watched.set, True)
+            elif name == _ROTATION:
+                context = contextvars.copy_context() if context is None else context
+                context.run(_is_watched.set, False)
+                return asyncio.Task(coroutine, loop=loop, **{**keywords, "context": context})
             elif not (_is_watched.get() if context is None else context.get(_is_watched, False)):
                 return asyncio.Task(coroutine, loop=loop, **keywords)
             return asyncio.Task(_Timed(coroutine, self, name), loop=loop, **keywords)

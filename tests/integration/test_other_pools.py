@@ -10,20 +10,14 @@ from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from asyncpool_creds import TokenManager
-
 pytestmark = pytest.mark.anyio
-
-
-async def rotate(manager: TokenManager) -> None:
-    await manager.refresh()
 
 
 async def test_asyncpg_takes_a_manager_for_a_password(cloud):
     manager = cloud.manager()
     connection = await asyncpg.connect(cloud.dsn(), password=manager)
     await connection.close()
-    await rotate(manager)
+    await manager.refresh()
     async with asyncpg.create_pool(cloud.dsn(), password=manager, min_size=1, max_size=1) as pool:
         assert await pool.fetchval("SELECT 1") == 1
 
@@ -39,7 +33,7 @@ async def test_psycopg_pool_takes_a_function_for_its_arguments(cloud):
     async with AsyncConnectionPool(cloud.dsn(), kwargs=arguments, min_size=1, max_size=1, open=False) as pool:
         async with pool.connection() as connection:
             await connection.execute("SELECT 1")
-        await rotate(manager)
+        await manager.refresh()
         async with pool.connection() as connection:
             await connection.close()
         async with pool.connection() as connection:
@@ -57,7 +51,7 @@ async def test_sqlalchemy_takes_a_manager_among_its_connect_arguments(cloud):
         async with engine.connect() as connection:
             assert await connection.scalar(text("SELECT 1")) == 1
             await connection.invalidate()
-        await rotate(manager)
+        await manager.refresh()
         async with engine.connect() as connection:
             assert await connection.scalar(text("SELECT 1")) == 1
     finally:
