@@ -29,7 +29,9 @@ __all__ = [
 
 _logger = logging.getLogger("asyncpool_creds")
 
-RetireReason: TypeAlias = Literal["rotated", "expired", "max_lifetime", "drained", "before_acquire", "after_release"]
+RetireReason: TypeAlias = Literal[
+    "rotated", "expired", "max_lifetime", "drained", "before_acquire", "after_release", "reset_failed"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

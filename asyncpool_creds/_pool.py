@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
+import anyio
 import asyncpg
 from asyncpg.pool import PoolConnectionHolder
 
@@ -29,8 +30,10 @@ from asyncpool_creds._events import (
     Observers,
     RetireReason,
 )
+from asyncpool_creds._fastpath import FastPath, is_supported
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
+from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
 
@@ -62,10 +65,13 @@ if TYPE_CHECKING:
         _connect_args: Sequence[str | None]
         _connect_kwargs: dict[str, object]
         _closed: bool
+        _closing: bool
+        _queue: Any
         _initializing: bool
 
         def _check_init(self) -> None: ...
         async def _initialize(self) -> None: ...
+        async def _acquire(self, timeout: float | None) -> AnyProxy: ...  # noqa: ASYNC109
         async def _get_new_connection(self) -> AnyConnection: ...
 
 else:
@@ -139,6 +145,9 @@ class CredentialPool(_Pool[RecordT]):
         after_release: ConnectionHook | None = None,
         max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
         require_tls: bool | None = None,
+        wait_for_reset: bool = False,
+        fair: bool = True,
+        fast_path: bool = True,
         is_refusal: Callable[[BaseException], bool] = is_refusal,
         on_event: Observer | Iterable[Observer] | None = None,
         connect: ConnectFunction | None = None,
@@ -164,6 +173,12 @@ class CredentialPool(_Pool[RecordT]):
                 arguments[name] = _hanging_up_on_cancellation(arguments[name])
         super().__init__(dsn, **arguments)
 
+        self._slot_queue = SlotQueue(fair=fair)
+        self._fast_path: FastPath | None = None
+        self.fast_release: Callable[[Slot], asyncio.Future[None] | None] | None = None
+        if fast_path and arguments["reset"] is None and is_supported():
+            self._fast_path = FastPath(self, self._slot_queue, loop=self._loop, wait_for_reset=wait_for_reset)
+            self.fast_release = self._fast_path.release
         self._user_connect = connect
         self._clock: Clock = SYSTEM_CLOCK
         self._is_inherited = False
@@ -262,14 +277,18 @@ class CredentialPool(_Pool[RecordT]):
         Returns once those at rest are closed. One that is just being opened is retired too.
         """
         self._check_init()
+        # What has been released is at rest for its user.
+        with anyio.move_on_after(_CLOSE_TIMEOUT):
+            for slot in self.slots():
+                if slot.is_resetting:
+                    await slot.wait_until_reset()
         await self.expire_connections()
-        closings: list[asyncio.Task[None]] = []
         for slot in self.slots():
             if slot.is_at_rest and slot.connection is not None:
                 self.retire(slot.connection, "drained")
-                closings.append(self.close_later(slot.vacate()))
-        if closings:
-            await asyncio.wait(closings)
+                self.close_later(slot.vacate())
+        if self._closings:
+            await asyncio.wait(tuple(self._closings))
         self.restore_floor()
 
     # -- asyncpg's own methods, with what credentials add to them
@@ -332,7 +351,18 @@ class CredentialPool(_Pool[RecordT]):
             raise
         for holder in self._holders:
             holder.__class__ = Slot
+        # Nobody has waited yet.
+        self._slot_queue.fill(self.slots())
+        self._queue = self._slot_queue
         self._rotation.start(in_background=self._manager is None or self._manager.background)
+
+    async def _acquire(self, timeout: float | None) -> AnyProxy:  # noqa: ASYNC109 - asyncpg's signature
+        if timeout is None and self._fast_path is not None and not self._closing:
+            self._check_init()
+            proxy = self._fast_path.check_out()
+            if proxy is not None:
+                return proxy
+        return await super()._acquire(timeout)
 
     async def _get_new_connection(self) -> AnyConnection:
         return await self._rotation.take_spare() or await self._new_connection(replacement=False)
@@ -556,6 +586,9 @@ def create_pool(
     after_release: ConnectionHook | None = None,
     max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
     require_tls: bool | None = None,
+    wait_for_reset: bool = False,
+    fair: bool = True,
+    fast_path: bool = True,
     is_refusal: Callable[[BaseException], bool] = is_refusal,
     on_event: Observer | Iterable[Observer] | None = None,
     init_size: int | None = None,
@@ -595,6 +628,13 @@ def create_pool(
         require_tls: None: a credential leaves for a host that is neither a Unix socket nor loopback
             under TLS only; asyncpg's default ``sslmode=prefer`` then means ``require``. True: the
             same for every host. False: no guard.
+        wait_for_reset: False: a release is done when the reset of the session is on its way, and the connection
+            goes to the next one when the server has acknowledged it. True: a release waits for that,
+            as asyncpg's does; for those who rely on session locks being gone when it returns.
+        fair: True: those who wait for a connection are served in order of arrival. False: as in
+            asyncpg, where whoever comes just as one is free goes before them.
+        fast_path: False: checkout and reset are left to asyncpg's own code, as they are where the
+            connection class, `reset` or the state of a connection are out of the ordinary.
         is_refusal: Decides whether an error of a connect says that the credential was refused, so that
             it is fetched anew and the connect tried once more; default: `asyncpool_creds.is_refusal`.
         on_event: An observer, or several, called with every event; default: `log_event`.
@@ -630,6 +670,9 @@ def create_pool(
         after_release=after_release,
         max_reconnects_per_second=max_reconnects_per_second,
         require_tls=require_tls,
+        wait_for_reset=wait_for_reset,
+        fair=fair,
+        fast_path=fast_path,
         is_refusal=is_refusal,
         on_event=on_event,
         min_size=min_size,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
         def _release(self) -> None: ...
 
+        def _release_on_close(self) -> None: ...
+
 else:
     _Holder = PoolConnectionHolder
 
@@ -76,6 +78,7 @@ class SlotOwner(Protocol):
     before_acquire: ConnectionHook | None
     after_release: ConnectionHook | None
     connecting: set[Slot]
+    fast_release: Callable[[Slot], asyncio.Future[None] | None] | None  # None from it: take asyncpg's way
 
     def end_of(self, connection: AnyConnection) -> RetireReason | None:
         """Return why `connection` must not be handed out any more, or None."""
@@ -93,6 +96,10 @@ class SlotOwner(Protocol):
         """Close `connection` in a task of the pool's."""
         ...
 
+    def restore_floor(self) -> None:
+        """Connect again up to the pool's minimum size, where asyncpg keeps one (0.32)."""
+        ...
+
     def about_to_connect(self) -> None:
         """A slot is about to connect, for an acquirer or for the floor of asyncpg 0.32."""
         ...
@@ -101,7 +108,7 @@ class SlotOwner(Protocol):
         """`slot` has a new connection, or has failed to get one."""
         ...
 
-    def released(self, slot: Slot) -> None:
+    def released(self, slot: Slot, /) -> None:
         """The connection of `slot` has come back."""
         ...
 
@@ -124,6 +131,10 @@ class Slot(_Holder):
     _proxy: Any
     _in_use: Any
     _generation: Any
+    _setup: Any
+    _timeout: float | None
+    _max_queries: int
+    _inactive_callback: Any
     _maybe_cancel_inactive_callback: Callable[[], None]
     _setup_inactive_callback: Callable[[], None]
 
@@ -140,6 +151,11 @@ class Slot(_Holder):
         While `setup` runs there is a proxy already, but no `_in_use` yet.
         """
         return self._con is not None and self._proxy is None and self._in_use is None and not self._con.is_closed()
+
+    @property
+    def is_resetting(self) -> bool:
+        """Whether a connection is here that comes back as soon as the server has acknowledged its reset."""
+        return self._con is not None and self._proxy is None and self._in_use is not None
 
     @property
     def is_vacant(self) -> bool:
@@ -169,6 +185,27 @@ class Slot(_Holder):
         self.fill(connection)
         self._maybe_cancel_inactive_callback()
         self._setup_inactive_callback()
+
+    def check_out(self) -> AnyProxy | None:
+        """Do what `acquire` does where there is nothing to await, or return None."""
+        connection, pool = self._con, self._pool
+        calm: Calm = pool.calm
+        if (
+            connection is None
+            or self._setup is not None
+            or self._generation != pool._generation
+            or connection.is_closed()
+            or calm.monotonic() >= calm.until
+            or calm.time() >= calm.until_wall
+        ):
+            return None
+        if self._inactive_callback is not None:
+            self._inactive_callback.cancel()
+            self._inactive_callback = None
+        self._proxy = proxy = PoolConnectionProxy(self, connection)
+        self._in_use = pool._loop.create_future()
+        self._timeout = None
+        return proxy
 
     # Not a coroutine function, to save one on every acquire; nor is `release`.
     def acquire(self) -> Coroutine[Any, Any, AnyProxy]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -215,11 +252,15 @@ class Slot(_Holder):
             owner.retire(self._con, "before_acquire")
             owner.close_later(self.vacate())
 
-    def release(self, timeout: float | None) -> Coroutine[Any, Any, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def release(self, timeout: float | None) -> Awaitable[None]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         owner: SlotOwner = self._pool
         calm = owner.calm
-        if calm.monotonic() < calm.until and calm.time() < calm.until_wall and not _WAITS_FOR_EVER:
-            return _release(self, timeout)
+        if calm.monotonic() < calm.until and calm.time() < calm.until_wall:
+            done = None if timeout is not None or owner.fast_release is None else owner.fast_release(self)
+            if done is not None:
+                return done
+            if not _WAITS_FOR_EVER:
+                return _release(self, timeout)
         return self._careful_release(owner, timeout)
 
     async def _careful_release(self, owner: SlotOwner, timeout: float | None) -> None:  # noqa: ASYNC109 - as asyncpg's
@@ -250,6 +291,25 @@ class Slot(_Holder):
                 owner.released(self)
         if failure is not None:
             raise failure
+
+    async def wait_until_reset(self) -> None:
+        """Wait for the end of the reset that is under way."""
+        await asyncio.shield(self._in_use)
+
+    def rejoin(self) -> None:
+        """Free the slot after a reset; its connection goes to the next one, unless it has reached its end meanwhile."""
+        owner: SlotOwner = self._pool
+        calm = owner.calm
+        if calm.monotonic() >= calm.until or calm.time() >= calm.until_wall:
+            reason = owner.claim_on(self._con)
+            if reason is not None:
+                owner.retire(self._con, reason)
+                owner.close_later(self.vacate())
+                self._release()
+                owner.restore_floor()
+                return
+        self._release()
+        self._setup_inactive_callback()
 
     def _release(self) -> None:
         _put_back(self)

@@ -1,6 +1,7 @@
 """In every place of an asyncpg pool: the same signature, and without credentials the same behaviour."""
 
 import asyncio
+import functools
 import inspect
 
 import anyio
@@ -20,6 +21,9 @@ OURS = {
     "after_release",
     "max_reconnects_per_second",
     "require_tls",
+    "wait_for_reset",
+    "fair",
+    "fast_path",
     "is_refusal",
     "on_event",
 }
@@ -52,7 +56,7 @@ async def test_parameters_of_our_own_are_keyword_only_and_have_defaults():
     added = {name: one for name, one in PARAMETERS.items() if name not in THEIRS}
 
     # 0.30 and 0.31 have no init_size.
-    assert OURS <= set(added) <= {*OURS, "init_size", "connect_kwargs", "wait_for_reset", "fair"}
+    assert OURS <= set(added) <= {*OURS, "init_size", "connect_kwargs"}
     assert all(
         one.kind is inspect.Parameter.KEYWORD_ONLY and one.default is not inspect.Parameter.empty
         for name, one in added.items()
@@ -573,12 +577,25 @@ def without_addresses(text):
 
 
 SCENARIOS = [name for name in vars(Scenarios) if not name.startswith("_")]
+# These tell whether a release is done when the reset is, or before.
+SEE_THE_RESET = {
+    "acquire_and_release",
+    "inactive_lifetime",
+    "cancelled_acquire",
+    "many_tasks",
+    "order_of_reuse",
+    "error_in_the_block",
+}
+WAYS = {"asyncpg's reset": {"fast_path": False}, "waiting": {"wait_for_reset": True}, "as it comes": {}}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-async def test_without_credentials_it_behaves_as_asyncpgs(server, scenario):
+@pytest.mark.parametrize(
+    ("scenario", "way"),
+    [(name, way) for name in SCENARIOS for way in WAYS if way != "as it comes" or name not in SEE_THE_RESET],
+)
+async def test_without_credentials_it_behaves_as_asyncpgs(server, scenario, way):
     reports = []
-    for create_pool in (asyncpg.create_pool, asyncpool_creds.create_pool):
+    for create_pool in (asyncpg.create_pool, functools.partial(asyncpool_creds.create_pool, **WAYS[way])):
 
         def create(*, create_pool=create_pool, **arguments):
             arguments.setdefault("max_size", 1)

@@ -136,8 +136,9 @@ async def test_a_pool_without_background_work_notices_too(world):
 async def test_a_source_whose_clock_is_behind_costs_one_refusal_and_no_failed_query(world, true_clock):
     # The source believes that its tokens live longer than the server does.
     fetch, given = server_on(world, true_clock, LIFETIME)
-    # Without a floor, of which asyncpg 0.32 would restore a connection at the same time, to be refused as well.
-    pool = await world.pool(world.manager(fetch), min_size=0, retire_when="never")
+    # With one connect at a time: without a floor, which asyncpg 0.32 would restore beside it, and
+    # without a connection that is taken for busy while it is reset, and replaced in advance.
+    pool = await world.pool(world.manager(fetch), min_size=0, retire_when="never", wait_for_reset=True)
     assert await pool.fetchval("SELECT 1") == 1
 
     true_clock.advance(LIFETIME)

@@ -292,7 +292,7 @@ async def test_an_observer_of_a_shared_managers_pool_hears_of_the_manager_until_
 
 
 async def test_stats_are_a_snapshot_that_nobody_can_change(cloud):
-    async with cloud.pool(max_size=3, min_size=2) as pool:
+    async with cloud.pool(max_size=3, min_size=2, wait_for_reset=True) as pool:
         before = pool.stats()
         async with pool.acquire():
             during = pool.stats()

@@ -1,0 +1,166 @@
+"""Checkout without a coroutine, and the reset of a connection that comes back without a task.
+
+This is the one file that touches asyncpg's private parts for speed. What it does is what `PoolConnectionHolder` and
+`Connection.reset` do, in all cases in which nothing of theirs is customised and nothing is out of the ordinary;
+all others are left to them.
+"""
+
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+from asyncpg.protocol import Protocol
+
+from asyncpool_creds._connector import AnyConnection
+from asyncpool_creds._queue import SlotQueue
+from asyncpool_creds._slots import AnyProxy, Slot, SlotOwner
+
+__all__ = ["FastPath", "is_supported"]
+
+_logger = logging.getLogger("asyncpool_creds")
+
+# What must be asyncpg's own in a connection class for its reset to be ours.
+_RESET_METHODS: Final = ("reset", "_reset", "execute", "is_closed")
+_NEEDED: Final = (
+    (Protocol, ("query", "queries_count", "is_in_transaction", "_is_cancelling", "_wait_for_cancellation")),
+    (
+        asyncpg.Connection,
+        (
+            *("_protocol", "_top_xact", "_listeners", "_log_listeners", "_query_loggers"),
+            *("get_reset_query", "_on_release", *_RESET_METHODS),
+        ),
+    ),
+    (PoolConnectionProxy, ("_detach",)),
+)
+
+
+def is_supported() -> bool:
+    """Return whether the installed asyncpg has what is used of it here; if not, say so in the log."""
+    lacking = [f"{owner.__name__}.{name}" for owner, names in _NEEDED for name in names if not hasattr(owner, name)]
+    if lacking:
+        _logger.warning(
+            "asyncpg %s has no %s: pools take asyncpg's own, slower way; update asyncpool_creds",
+            *(asyncpg.__version__, ", ".join(lacking)),
+        )
+    return not lacking
+
+
+class FastPath:
+    """The fast ways out of a pool and in again; None from any of them means: take asyncpg's.
+
+    Args:
+        owner: The pool.
+        queue: Its slots.
+        loop: Its event loop.
+        wait_for_reset: Whether a release is done when the server has acknowledged the reset, as asyncpg's is, or
+            when the reset is on its way.
+    """
+
+    def __init__(
+        self, owner: SlotOwner, queue: SlotQueue, *, loop: asyncio.AbstractEventLoop, wait_for_reset: bool
+    ) -> None:
+        self._owner: Final = owner
+        self._queue: Final = queue
+        self._loop: Final = loop
+        self._wait_for_reset: Final = wait_for_reset
+        self._done: Final[asyncio.Future[None]] = loop.create_future()
+        self._done.set_result(None)
+        self._classes: Final[dict[type[AnyConnection], bool]] = {}
+
+    def check_out(self) -> AnyProxy | None:
+        """Return the proxy of a connection that is ready."""
+        slot = self._queue.take_ready()
+        if slot is None:
+            return None
+        proxy = slot.check_out()
+        if proxy is None:
+            self._queue.put_nowait(slot)  # nobody waits, so it is the next one
+        return proxy
+
+    def release(self, slot: Slot) -> asyncio.Future[None] | None:
+        """Reset the connection of `slot`, and free the slot when that is done."""
+        connection: Any = slot._con  # the stubs know little of what is private
+        kind: type[AnyConnection] = type(connection)
+        if slot._in_use is None or not self._is_plain(kind) or connection.is_closed():
+            return None
+        protocol = connection._protocol
+        if (
+            protocol.queries_count >= slot._max_queries
+            or slot._generation != slot._pool._generation
+            or connection._query_loggers
+            or connection._top_xact is not None
+            or protocol.is_in_transaction()
+            or protocol._is_cancelling()
+        ):
+            return None
+        query = connection.get_reset_query()
+        if not query:
+            return None
+        reset: Coroutine[Any, None, str] = protocol.query(query, None)
+        try:
+            waiter = reset.send(None)  # it is written now
+        except Exception:  # noqa: BLE001 - asyncpg's own way meets it again, and knows what to do
+            return None
+        waiter._asyncio_future_blocking = False
+        connection._listeners.clear()
+        connection._log_listeners.clear()
+        slot._timeout = None
+        if self._wait_for_reset:
+            done = self._loop.create_future()
+            waiter.add_done_callback(functools.partial(self._finish, slot, connection, reset, done))
+            return done
+        # The slot stays in use, so that nobody takes it and close() waits for it; the caller's proxy is void.
+        slot._proxy._detach()
+        slot._proxy = None
+        self._queue.resetting += 1
+        waiter.add_done_callback(functools.partial(self._finish, slot, connection, reset, None))
+        return self._done
+
+    def _is_plain(self, kind: type[AnyConnection]) -> bool:
+        plain = self._classes.get(kind)
+        if plain is None:
+            plain = all(getattr(kind, name) is getattr(asyncpg.Connection, name) for name in _RESET_METHODS)
+            self._classes[kind] = plain
+        return plain
+
+    def _finish(
+        self,
+        slot: Slot,
+        connection: AnyConnection,
+        reset: Coroutine[Any, None, str],
+        done: asyncio.Future[None] | None,
+        waiter: asyncio.Future[Any],  # noqa: ARG002 - the coroutine looks for itself
+    ) -> None:
+        error: BaseException | None = None
+        try:
+            reset.send(None)
+        except StopIteration:
+            pass
+        except BaseException as failure:  # noqa: BLE001 - handed on
+            error = failure
+        if done is None:
+            self._queue.resetting -= 1
+        if slot._con is connection:  # else it died meanwhile, and the slot is free
+            if error is None:
+                slot.rejoin()
+            else:
+                if done is None:
+                    self._owner.retire(connection, "reset_failed")
+                connection.terminate()
+                if slot._con is connection:
+                    # asyncpg 0.30 and 0.31 look for the slot in the proxy, which is gone.
+                    slot._release_on_close()
+        if done is not None and not done.done():
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)

@@ -1,0 +1,128 @@
+"""The queue of slots: who waits longest is served first, and nobody connects while a connection is on its way back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from asyncpool_creds._slots import Slot
+
+__all__ = ["SlotQueue"]
+
+# Seconds that somebody waits for a reset before he takes a slot that has to connect: the server's answer is a round
+# trip away, a connect several of them.
+_PATIENCE: Final = 0.05
+
+
+class SlotQueue:
+    """What a pool puts in the place of asyncpg's queue.
+
+    The last slot that came back is the first to go out again, those with a connection before those without. A slot
+    that comes back while somebody waits is handed to him: in asyncpg's queue, a task that takes the next one
+    without waiting overtakes him.
+
+    Args:
+        fair: False: as in asyncpg's queue.
+
+    Attributes:
+        resetting: How many slots are on their way back, as soon as a server has acknowledged a reset.
+    """
+
+    def __init__(self, *, fair: bool) -> None:
+        self._slots: Final[list[Slot]] = []
+        self._waiting: Final[deque[asyncio.Future[Slot | None]]] = deque()
+        self._fair: Final = fair
+        self.resetting = 0
+
+    def fill(self, slots: Iterable[Slot]) -> None:
+        """Begin with `slots`, the last of them first."""
+        self._slots.extend(slots)
+
+    def take_ready(self) -> Slot | None:
+        """Return a slot with a connection, if nobody has to wait for one."""
+        slots = self._slots
+        if self._waiting or not slots:
+            return None
+        if slots[-1].is_connected():
+            return slots.pop()
+        return self._take_connected()
+
+    def _take_connected(self) -> Slot | None:
+        for index in range(len(self._slots) - 1, -1, -1):
+            if self._slots[index].is_connected():
+                return self._slots.pop(index)
+        return None
+
+    # -- what asyncpg calls
+
+    async def get(self) -> Slot:
+        """Return a slot, as soon as it is the caller's turn."""
+        while True:
+            slot = self._take() or await self._wait()
+            if slot is not None:
+                return slot
+
+    def _take(self) -> Slot | None:
+        slot = None if self._fair and self._waiting else self._take_connected()
+        # Each reset that is under way serves one of those who wait.
+        if slot is None and self._slots and self.resetting <= len(self._waiting):
+            return self._slots.pop()
+        return slot
+
+    async def _wait(self) -> Slot | None:
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Slot | None] = loop.create_future()
+        self._waiting.append(waiter)
+        impatience = loop.call_later(_PATIENCE, self._serve_vacant, waiter) if self._slots else None
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                # It was handed over, but he is gone.
+                slot = waiter.result()
+                if slot is not None:
+                    self.put_nowait(slot)
+                elif self._slots:
+                    self._serve(None)
+            raise
+        finally:
+            if impatience is not None:
+                impatience.cancel()
+
+    def put_nowait(self, slot: Slot) -> None:
+        """Take `slot` back, or hand it to whoever waits longest."""
+        if self._fair and self._serve(slot):
+            return
+        self._slots.append(slot)
+        if not self._fair:
+            self._serve(None)
+
+    def _serve(self, slot: Slot | None) -> bool:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():  # or he was cancelled a moment ago
+                waiter.set_result(slot)
+                return True
+        return False
+
+    def _serve_vacant(self, waiter: asyncio.Future[Slot | None]) -> None:
+        if self._slots and not waiter.done():
+            self._waiting.remove(waiter)
+            waiter.set_result(self._slots.pop())
+
+    def get_disconnected_nowait(self) -> Slot:
+        """Return a slot without a connection, for asyncpg 0.32 to connect.
+
+        Raises:
+            asyncio.QueueEmpty: There is none.
+        """
+        for index in range(len(self._slots) - 1, -1, -1):
+            if not self._slots[index].is_connected():
+                return self._slots.pop(index)
+        raise asyncio.QueueEmpty
+
+    def qsize(self) -> int:
+        """Return the number of slots that nobody has."""
+        return len(self._slots)
