@@ -89,8 +89,7 @@ class FastPath:
     def release(self, slot: Slot) -> asyncio.Future[None] | None:
         """Reset the connection of `slot`, and free the slot when that is done."""
         connection: Any = slot._con  # the stubs know little of what is private
-        kind: type[AnyConnection] = type(connection)
-        if slot._in_use is None or not self._is_plain(kind) or connection.is_closed():
+        if slot._in_use is None or not self._is_plain(connection.__class__) or connection.is_closed():
             return None
         protocol = connection._protocol
         if (

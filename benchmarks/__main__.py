@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncpool_creds.testing.postgres import PostgresServer
-from benchmarks import herd, machine, manager, report, rotation, throughput
+from benchmarks import herd, machine, manager, report, rotation, saturation, throughput
 from benchmarks.figures import Result
 from benchmarks.pools import PASSWORD, ROLE
 from benchmarks.rounds import Cell, Conditions, Effort
 
-_CELLS: Final[tuple[Cell, ...]] = (*throughput.CELLS, *herd.CELLS, *rotation.CELLS, *manager.CELLS)
+_CELLS: Final[tuple[Cell, ...]] = (*throughput.CELLS, *saturation.CELLS, *herd.CELLS, *rotation.CELLS, *manager.CELLS)
 _QUICK: Final = Effort(blocks=3, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import asyncpg
@@ -20,24 +21,28 @@ __all__ = [
     "PASSWORD",
     "PLAIN",
     "ROLE",
+    "WAITING",
     "AnyPool",
     "Contender",
     "Reset",
     "Worker",
     "hour_long",
+    "workers",
 ]
 
 AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Worker: TypeAlias = Callable[[Iterator[int]], Coroutine[Any, Any, None]]
 """Does one operation for each turn it gets; several of them share the turns."""
 Reset: TypeAlias = "Callable[[asyncpg.Connection[asyncpg.Record]], Coroutine[Any, Any, None]] | None"
-Contender: TypeAlias = Callable[[PostgresServer, int, Reset], AbstractAsyncContextManager[Mapping[str, Worker]]]
-"""Opens a pool of so many connections and gives its workers by the name of what they do."""
+Contender: TypeAlias = Callable[[PostgresServer, int, Reset], AbstractAsyncContextManager[AnyPool]]
+"""Opens a pool of so many connections."""
 
 PLAIN: Final = "asyncpg"
 # Measured like a contender of its own: how far from 1 it comes out is the noise.
 CONTROL: Final = "asyncpg again"
 OURS: Final = "asyncpool_creds"
+# A release is done when the server has acknowledged the reset, as asyncpg's is.
+WAITING: Final = "asyncpool_creds, wait_for_reset"
 
 ROLE: Final = "bench"
 PASSWORD: Final = "benchmark-token"
@@ -48,7 +53,9 @@ def hour_long(password: str) -> Credential:
     return Credential(password, expires_at=datetime.now(UTC) + timedelta(hours=1))
 
 
-def _workers(pool: AnyPool) -> dict[str, Worker]:
+def workers(pool: AnyPool) -> dict[str, Worker]:
+    """Return those who use `pool`, by the name of what they do."""
+
     async def acquire(turns: Iterator[int]) -> None:
         for _ in turns:
             async with pool.acquire():
@@ -67,14 +74,13 @@ def _workers(pool: AnyPool) -> dict[str, Worker]:
 
 
 @asynccontextmanager
-async def _plain(server: PostgresServer, size: int, reset: Reset) -> AsyncGenerator[Mapping[str, Worker]]:
+async def _plain(server: PostgresServer, size: int, reset: Reset) -> AsyncGenerator[AnyPool]:
     dsn = server.dsn(user=ROLE, password=PASSWORD)
     async with asyncpg.create_pool(dsn, min_size=size, max_size=size, max_queries=2**31, reset=reset) as pool:
-        yield _workers(pool)
+        yield pool
 
 
-@asynccontextmanager
-async def _ours(server: PostgresServer, size: int, reset: Reset) -> AsyncGenerator[Mapping[str, Worker]]:
+async def _of_ours(server: PostgresServer, size: int, reset: Reset, *, wait: bool) -> AsyncGenerator[AnyPool]:
     async with TokenManager(lambda: hour_long(PASSWORD)) as manager:
         pool: AnyPool = asyncpool_creds.create_pool(
             server.dsn(user=ROLE),
@@ -83,9 +89,13 @@ async def _ours(server: PostgresServer, size: int, reset: Reset) -> AsyncGenerat
             max_size=size,
             max_queries=2**31,
             reset=reset,
+            wait_for_reset=wait,
         )
         async with pool:
-            yield _workers(pool)
+            yield pool
 
 
-CONTENDERS: Final[Mapping[str, Contender]] = {PLAIN: _plain, CONTROL: _plain, OURS: _ours}
+_ours: Final = asynccontextmanager(partial(_of_ours, wait=False))
+_waiting: Final = asynccontextmanager(partial(_of_ours, wait=True))
+
+CONTENDERS: Final[Mapping[str, Contender]] = {PLAIN: _plain, CONTROL: _plain, OURS: _ours, WAITING: _waiting}
