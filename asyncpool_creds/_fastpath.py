@@ -1,4 +1,4 @@
-"""Checkout without a coroutine, and the reset of a connection that comes back without a task.
+"""Checkout without a coroutine, and the reset of a connection without a task, or none if nothing was sent.
 
 This is the one file that touches asyncpg's private parts for speed. What it does is what `PoolConnectionHolder` and
 `Connection.reset` do, in all cases in which nothing of theirs is customised and nothing is out of the ordinary;
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import weakref
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._slots import AnyProxy, Slot, SlotOwner
 
-__all__ = ["FastPath", "is_supported"]
+__all__ = ["FastPath", "is_supported", "watch"]
 
 _logger = logging.getLogger("asyncpool_creds")
 
@@ -36,11 +37,48 @@ _NEEDED: Final = (
         asyncpg.Connection,
         (
             *("_protocol", "_top_xact", "_listeners", "_log_listeners", "_query_loggers"),
-            *("get_reset_query", "_on_release", *_RESET_METHODS),
+            *("get_reset_query", "_on_release", "_copy_in", "_copy_out", *_RESET_METHODS),
         ),
     ),
     (PoolConnectionProxy, ("_detach",)),
 )
+
+
+# What `queries_count` of a connection was when it had been reset. It counts whatever can change a session but COPY,
+# which takes an entry out of here; a connection that has just been opened may have been through `init`.
+_untouched: Final[weakref.WeakKeyDictionary[AnyConnection, int]] = weakref.WeakKeyDictionary()
+
+
+def watch(connection: AnyConnection) -> None:
+    """Have COPY on `connection` noticed: without that it is reset whenever it comes back."""
+    try:
+        connection.__class__ = _watched(type(connection))
+    except TypeError:
+        _logger.debug("COPY on a %s goes unnoticed: it is always reset", type(connection).__qualname__)
+
+
+_watched_kinds: Final[set[type[Any]]] = set()
+
+
+@functools.cache
+def _watched(kind: type[Any]) -> type[Any]:
+    """Return `kind` with its COPY noticed; otherwise one cannot be told from the other."""
+
+    class Watched(kind):  # type: ignore[misc]  # pyright: ignore[reportUntypedBaseClass]
+        __slots__ = ()
+
+        def _copy_in(self, *arguments: Any, **keywords: Any) -> Any:
+            _untouched.pop(self, None)
+            return kind._copy_in(self, *arguments, **keywords)
+
+        def _copy_out(self, *arguments: Any, **keywords: Any) -> Any:
+            _untouched.pop(self, None)
+            return kind._copy_out(self, *arguments, **keywords)
+
+    Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
+    Watched.__module__, Watched.__doc__ = kind.__module__, kind.__doc__
+    _watched_kinds.add(Watched)
+    return Watched
 
 
 def is_supported() -> bool:
@@ -87,24 +125,34 @@ class FastPath:
         return proxy
 
     def release(self, slot: Slot) -> asyncio.Future[None] | None:
-        """Reset the connection of `slot`, and free the slot when that is done."""
+        """Reset the connection of `slot`, unless nothing was sent, and free the slot when that is done."""
         connection: Any = slot._con  # the stubs know little of what is private
-        if slot._in_use is None or not self._is_plain(connection.__class__) or connection.is_closed():
+        if not self._is_ordinary(slot, connection):
             return None
+        if _untouched.get(connection) == connection._protocol.queries_count:
+            connection._listeners.clear()
+            connection._log_listeners.clear()
+            slot._timeout = None
+            slot.rejoin()
+            return self._done
+        query = connection.get_reset_query()
+        return self._reset(slot, connection, query) if query else None
+
+    def _is_ordinary(self, slot: Slot, connection: Any) -> bool:
+        if slot._in_use is None or not self._is_plain(connection.__class__) or connection.is_closed():
+            return False
         protocol = connection._protocol
-        if (
+        return not (
             protocol.queries_count >= slot._max_queries
             or slot._generation != slot._pool._generation
             or connection._query_loggers
             or connection._top_xact is not None
             or protocol.is_in_transaction()
             or protocol._is_cancelling()
-        ):
-            return None
-        query = connection.get_reset_query()
-        if not query:
-            return None
-        reset: Coroutine[Any, None, str] = protocol.query(query, None)
+        )
+
+    def _reset(self, slot: Slot, connection: Any, query: str) -> asyncio.Future[None] | None:
+        reset: Coroutine[Any, None, str] = connection._protocol.query(query, None)
         try:
             waiter = reset.send(None)  # it is written now
         except Exception:  # noqa: BLE001 - asyncpg's own way meets it again, and knows what to do
@@ -139,27 +187,36 @@ class FastPath:
         done: asyncio.Future[None] | None,
         waiter: asyncio.Future[Any],  # noqa: ARG002 - the coroutine looks for itself
     ) -> None:
-        error: BaseException | None = None
-        try:
-            reset.send(None)
-        except StopIteration:
-            pass
-        except BaseException as failure:  # noqa: BLE001 - handed on
-            error = failure
+        error = _end_of(reset)
         if done is None:
             self._queue.resetting -= 1
+            if error is not None and not slot._pool.is_closing():
+                self._owner.retire(connection, "reset_failed")  # nobody else would hear of it
         if slot._con is connection:  # else it died meanwhile, and the slot is free
-            if error is None:
+            if error is None and not connection.is_closed():
+                if type(connection) in _watched_kinds:
+                    _untouched[connection] = connection._protocol.queries_count
                 slot.rejoin()
             else:
-                if done is None:
-                    self._owner.retire(connection, "reset_failed")
                 connection.terminate()
                 if slot._con is connection:
                     # asyncpg 0.30 and 0.31 look for the slot in the proxy, which is gone.
                     slot._release_on_close()
-        if done is not None and not done.done():
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
+        if done is None or done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+
+def _end_of(reset: Coroutine[Any, None, str]) -> BaseException | None:
+    """Have a coroutine look at what it waited for, which is done, and return its error."""
+    try:
+        reset.send(None)
+    except StopIteration:
+        return None
+    except BaseException as error:  # noqa: BLE001 - handed on
+        return error
+    reset.close()
+    return asyncpg.InternalClientError("a reset went on after its end")

@@ -30,7 +30,7 @@ from asyncpool_creds._events import (
     Observers,
     RetireReason,
 )
-from asyncpool_creds._fastpath import FastPath, is_supported
+from asyncpool_creds._fastpath import FastPath, is_supported, watch
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 from asyncpool_creds._queue import SlotQueue
@@ -103,7 +103,7 @@ class PoolStats:
 
     Args:
         connections: One entry a slot.
-        in_use: Connections handed out.
+        in_use: Connections handed out, or on their way back: being reset.
         idle: Connections at rest.
         spare: Replacements that wait for a busy connection to come back (0 or 1).
         by_generation: Open connections by the generation of their credential.
@@ -405,6 +405,8 @@ class CredentialPool(_Pool[RecordT]):
             connection, stamp = await self._connector.open(arguments[0] if arguments else None, keywords)
         if not isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
             return connection  # asyncpg says what is wrong with it
+        if self._fast_path is not None:
+            watch(connection)
         self._sessions[connection] = Session(stamp, opened, epoch, self._max_lifetime)
         connection.add_termination_listener(lambda _: self._rotation.look())
         return connection

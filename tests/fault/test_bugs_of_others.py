@@ -360,7 +360,7 @@ async def test_asyncpg_stale_connections_at_rest_do_not_stay_open_for_ever(world
 
 
 async def test_a_lazily_opened_connection_is_replaced_in_the_background_before_its_lifetime_ends(world):
-    pool = await world.pool(min_size=0, retire_when="never", max_lifetime=0.3)
+    pool = await world.pool(min_size=0, retire_when="never", max_lifetime=0.3, wait_for_reset=True)
 
     pid = await pool.fetchval("SELECT pg_backend_pid()")
     world.clock.advance(0.295)

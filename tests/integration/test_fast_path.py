@@ -207,6 +207,31 @@ async def test_an_ordinary_release_takes_the_fast_path(server, resets):
     assert resets == [True]
 
 
+async def test_where_nothing_was_sent_nothing_is_reset(server):
+    async with asyncpool_creds.create_pool(server.dsn(), min_size=1, max_size=1, wait_for_reset=True) as pool:
+        counts = []
+        for use in (Programs().nothing, Programs().nothing, Programs().select, Programs().nothing, Programs().nothing):
+            async with pool.acquire() as connection:
+                await use(connection)
+            counts.append(pool.slots()[0].connection._protocol.queries_count)
+
+    # A connection that was just opened may have been through init; a query is one, and its reset another.
+    assert [count - counts[0] for count in counts] == [0, 0, 2, 2, 2]
+
+
+async def test_a_connection_looks_like_one_of_its_class(server):
+    class Own(asyncpg.Connection):
+        """Its own."""
+
+    for kind in (asyncpg.Connection, Own):
+        async with asyncpool_creds.create_pool(server.dsn(), min_size=1, max_size=1, connection_class=kind) as pool:
+            found = type(pool.slots()[0].connection)
+            assert issubclass(found, kind)
+            assert (found.__name__, found.__qualname__, found.__module__, found.__doc__) == (
+                *(kind.__name__, kind.__qualname__, kind.__module__, kind.__doc__),
+            )
+
+
 class OwnReset(asyncpg.Connection):
     async def reset(self, *, timeout=None):  # noqa: ASYNC109 - asyncpg's signature
         await super().reset(timeout=timeout)
