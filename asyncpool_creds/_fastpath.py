@@ -37,24 +37,25 @@ _NEEDED: Final = (
         asyncpg.Connection,
         (
             *("_protocol", "_top_xact", "_listeners", "_log_listeners", "_query_loggers"),
-            *("get_reset_query", "_on_release", "_copy_in", "_copy_out", *_RESET_METHODS),
+            *("get_reset_query", "_on_release", "_copy_in", "_copy_out", "_get_statement", *_RESET_METHODS),
         ),
     ),
     (PoolConnectionProxy, ("_detach",)),
 )
 
 
-# What `queries_count` of a connection was when it had been reset. It counts whatever can change a session but COPY,
-# which takes an entry out of here; a connection that has just been opened may have been through `init`.
+# What `queries_count` of a connection was when it had been reset. It counts whatever can change a session but COPY, and
+# not before it is sent, which may be after a statement was prepared for it; these take an entry out of here. One that
+# has just been opened is not here either: it may have been through `init`.
 _untouched: Final[weakref.WeakKeyDictionary[AnyConnection, int]] = weakref.WeakKeyDictionary()
 
 
 def watch(connection: AnyConnection) -> None:
-    """Have COPY on `connection` noticed: without that it is reset whenever it comes back."""
+    """Have what is not counted on `connection` noticed: without that it is reset whenever it comes back."""
     try:
         connection.__class__ = _watched(type(connection))
     except TypeError:
-        _logger.debug("COPY on a %s goes unnoticed: it is always reset", type(connection).__qualname__)
+        _logger.debug("not all that is done with a %s is noticed: it is always reset", type(connection).__qualname__)
 
 
 _watched_kinds: Final[set[type[Any]]] = set()
@@ -62,7 +63,7 @@ _watched_kinds: Final[set[type[Any]]] = set()
 
 @functools.cache
 def _watched(kind: type[Any]) -> type[Any]:
-    """Return `kind` with its COPY noticed; otherwise one cannot be told from the other."""
+    """Return `kind` with what is not counted noticed; otherwise one cannot be told from the other."""
 
     class Watched(kind):  # type: ignore[misc]  # pyright: ignore[reportUntypedBaseClass]
         __slots__ = ()
@@ -74,6 +75,10 @@ def _watched(kind: type[Any]) -> type[Any]:
         def _copy_out(self, *arguments: Any, **keywords: Any) -> Any:
             _untouched.pop(self, None)
             return kind._copy_out(self, *arguments, **keywords)
+
+        def _get_statement(self, *arguments: Any, **keywords: Any) -> Any:
+            _untouched.pop(self, None)
+            return kind._get_statement(self, *arguments, **keywords)
 
     Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
     Watched.__module__, Watched.__doc__ = kind.__module__, kind.__doc__

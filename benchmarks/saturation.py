@@ -17,8 +17,8 @@ __all__ = ["CELLS"]
 _CONNECTIONS: Final = 20
 _TASKS: Final = 50
 _OPERATIONS: Final = 3000
-# asyncpg's longest waits are at least so many times as long.
-_FLOOR: Final = 2.0
+# asyncpg's p99 is at least so many times ours.
+_FLOOR: Final = 4.0
 
 
 def _rounds(effort: Effort) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import warnings
 
@@ -272,6 +273,23 @@ async def test_a_connection_goes_to_the_next_one_only_when_the_server_has_reset_
         for _ in range(50):
             await pool.execute("SET work_mem = '1MB'; SELECT pg_advisory_lock(1)")
             assert await pool.fetchval("SHOW work_mem") != "1MB"
+
+
+@pytest.mark.parametrize("wait_for_reset", [True, False])
+async def test_a_connection_that_is_still_at_work_is_not_passed_on(server, wait_for_reset):
+    async with asyncpool_creds.create_pool(server.dsn(), min_size=1, max_size=1, wait_for_reset=wait_for_reset) as pool:
+        await pool.fetchval("SELECT 1")
+        connection = await pool.acquire()
+        preparing = asyncio.ensure_future(connection.prepare("SELECT 2"))
+        await asyncio.sleep(0)
+
+        # asyncpg's own answer, unless the server is quick enough.
+        with contextlib.suppress(asyncpg.InterfaceError):
+            await pool.release(connection)
+
+        assert await pool.fetchval("SELECT 1") == 1
+        await asyncio.wait([preparing])
+        assert preparing.exception() is None or isinstance(preparing.exception(), asyncpg.PostgresError | OSError)
 
 
 class BrokenReset(asyncpg.Connection):
