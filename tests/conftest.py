@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Generator, Iterator
@@ -138,6 +139,12 @@ class _LeakDetector(logging.Handler):
             return expected
 
         self._patch.setattr(pytest.RaisesExc, "__exit__", exit_)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what the SDKs of all clouds bring: it would be half of what the suite takes."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

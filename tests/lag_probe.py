@@ -50,7 +50,7 @@ class LagProbe:
         """Measure the refreshes of every token manager in the running loop."""
         # What other tests have left, the collector would go through for a tenth of a second.
         gc.collect()
-        gc.freeze()
+        gc.disable()
         loop = asyncio.get_running_loop()
         before = loop.get_task_factory()
 
@@ -72,7 +72,7 @@ class LagProbe:
             yield
         finally:
             loop.set_task_factory(before)
-            gc.unfreeze()
+            gc.enable()
 
 
 class _Timed(Coroutine[Any, Any, Any]):

@@ -71,7 +71,6 @@ class World:
         self._tasks_before = asyncio.all_tasks()
         # What is older than the test is left out of its collection, which would take longer than the test.
         gc.freeze()
-        self._stack.callback(gc.unfreeze)
         return self
 
     async def __aexit__(
