@@ -141,6 +141,15 @@ class _LeakDetector(logging.Handler):
         self._patch.setattr(pytest.RaisesExc, "__exit__", exit_)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sources-on",
+        choices=["asyncio", "uvloop"],
+        default="asyncio",
+        help="the event loop for the tests of sources and storages (default: asyncio); all others run on both",
+    )
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what the SDKs of all clouds bring: it would be half of what the suite takes."""
     gc.collect()

@@ -69,8 +69,6 @@ class World:
         self._stack.callback(loop.set_exception_handler, previous)
         await self._stack.enter_async_context(self.door)
         self._tasks_before = asyncio.all_tasks()
-        # What is older than the test is left out of its collection, which would take longer than the test.
-        gc.freeze()
         return self
 
     async def __aexit__(

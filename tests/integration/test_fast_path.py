@@ -176,7 +176,7 @@ async def quiet():
 
 
 @pytest.mark.parametrize("wait_for_reset", [True, False])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(checkouts)
 @example([([name], "release") for name in PROGRAMS])
 @example([([name, name], "block") for name in PROGRAMS])
