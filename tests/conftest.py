@@ -151,7 +151,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what the SDKs of all clouds bring: it would be half of what the suite takes."""
+    """Spare the garbage collector what the SDKs of all clouds bring, and collections their time."""
     gc.collect()
     gc.freeze()
 
