@@ -14,6 +14,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.sessions = ["lint", "types", "tests", "package"]
 nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "uv|virtualenv"  # uv installs in seconds, and is used if it is there
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 ASYNCPG = ["0.30", "0.31", "0.32"]
@@ -49,11 +50,9 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("asyncpg", ASYNCPG)
 def tests(session: nox.Session, asyncpg: str) -> None:
-    """The whole suite, measured: ``nox -s coverage`` adds up all runs since the last time."""
+    """The whole suite, on asyncio; on the other event loop with ``-- --event-loop uvloop``."""
     session.install("--group", "test", "-e", ".", f"asyncpg=={asyncpg}.*")
-    data = Path(".coverage-data", f"{session.python}-{asyncpg}")
-    data.mkdir(parents=True, exist_ok=True)
-    session.run("coverage", "run", f"--data-file={data.resolve()}/run", "-m", "pytest", *session.posargs)
+    session.run("pytest", *session.posargs)
 
 
 @nox.session
@@ -66,20 +65,23 @@ def floors(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Branch coverage over all test runs combined."""
-    session.install("coverage[toml]>=7.10")
-    # One file for each process of each run.
-    data = sorted(str(path) for path in Path(".coverage-data").glob("*/run*"))
-    session.run("coverage", "combine", "--quiet", "--keep", *data)
+    """Branch coverage of what has been measured since the last time; without any such run, of one made here."""
+    session.install("--group", "test", "-e", ".")
+    data = Path(".coverage-data").resolve()
+    if not list(data.glob("run.*")):
+        data.mkdir(exist_ok=True)
+        session.run("coverage", "run", f"--data-file={data}/run", "-m", "pytest", *session.posargs)
+    # One file for each process.
+    session.run("coverage", "combine", "--quiet", *map(str, sorted(data.glob("run.*"))))
     session.run("coverage", "report")
 
 
 @nox.session
 def package(session: nox.Session) -> None:
     """The sdist and the wheel: complete, and importable with asyncpg and anyio alone."""
-    session.install("--group", "package")
+    session.install("--group", "package", "uv")
     dist = Path(session.create_tmp()).resolve() / "dist"
-    session.run("python", "-m", "build", "--outdir", str(dist))
+    session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(dist))
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
 
     with tarfile.open(sdist) as archive:
@@ -94,14 +96,12 @@ def package(session: nox.Session) -> None:
         session.error(f"the wheel differs from the package in {sorted(packed ^ _files('asyncpool_creds'))}")
 
     empty = dist.parent / "empty"
-    session.run("python", "-m", "venv", "--clear", "--without-pip", str(empty))
-    session.run("python", "-m", "pip", "--python", str(empty), "install", "--quiet", str(wheel))
+    python = _empty_environment(session, empty)
+    session.run("uv", "pip", "install", "--quiet", "--python", python, str(wheel))
     # Isolated, and from elsewhere: what is found is what was installed.
     session.chdir(dist)
-    session.run(str(empty / "bin" / "python"), "-I", "-c", ALONE, external=True)
-    installed = session.run(
-        "python", "-m", "pip", "--python", str(empty), "list", "--format=freeze", silent=True, log=False
-    )
+    session.run(python, "-I", "-c", ALONE, external=True)
+    installed = session.run("uv", "pip", "list", "--format=freeze", "--python", python, silent=True, log=False)
     names = {line.partition("==")[0].lower() for line in str(installed).split()}
     if not names <= {"asyncpool-creds", "asyncpg", "anyio", "idna", "typing-extensions", "typing_extensions"}:
         session.error(f"the wheel brings more than asyncpg and anyio: {sorted(names)}")
@@ -110,6 +110,7 @@ def package(session: nox.Session) -> None:
 @nox.session
 def extras(session: nox.Session) -> None:
     """Each extra by itself: enough for what it is named after, and for the examples that need no other."""
+    session.install("uv")
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     examples: dict[str, list[Path]] = {}
     for example in sorted(Path("examples").glob("*.py")):
@@ -117,10 +118,8 @@ def extras(session: nox.Session) -> None:
         if len(needed) == 1:
             examples.setdefault(needed.pop(), []).append(example.resolve())
     for extra in project["optional-dependencies"]:
-        empty = Path(session.create_tmp()).resolve() / extra
-        session.run("python", "-m", "venv", "--clear", "--without-pip", str(empty))
-        pip = ("python", "-m", "pip", "--python", str(empty), "install", "--quiet")
-        session.run(*pip, f".[{extra}]")
+        python = _empty_environment(session, Path(session.create_tmp()).resolve() / extra)
+        session.run("uv", "pip", "install", "--quiet", "--python", python, f".[{extra}]")
         modules = [f"asyncpool_creds.{room}.{extra}" for room in ("providers", "storage")]
         code = f"""
 import importlib.util, runpy
@@ -133,7 +132,7 @@ for example in {[os.fspath(path) for path in examples.get(extra, [])]}:
     found.append(example)
 print("{extra}:", *found)
 """
-        session.run(str(empty / "bin" / "python"), "-I", "-W", "error", "-c", code, external=True)
+        session.run(python, "-I", "-W", "error", "-c", code, external=True)
 
 
 @nox.session
@@ -141,6 +140,12 @@ def benchmarks(session: nox.Session) -> None:
     """Against plain asyncpg in the same run; ``nox -s benchmarks -- --quick`` for a first look."""
     session.install("--group", "test", "-e", ".")
     session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+def _empty_environment(session: nox.Session, path: Path) -> str:
+    """Make an environment with nothing in it, and return its Python."""
+    session.run("uv", "venv", "--quiet", "--clear", "--python", "python", str(path))
+    return str(path / "bin" / "python")
 
 
 def _extras_of(example: Path) -> set[str]:

@@ -15,15 +15,10 @@ from asyncpool_creds import Credential, Event
 from asyncpool_creds._events import Observers
 from asyncpool_creds.testing import RecordingObserver, VirtualClock
 
-_EVENT_LOOPS = [
-    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-]
 
-
-@pytest.fixture(scope="session", params=_EVENT_LOOPS)
+@pytest.fixture(scope="session")
 def anyio_backend(request: pytest.FixtureRequest) -> object:
-    return request.param
+    return "asyncio", {"use_uvloop": request.config.getoption("event_loop") == "uvloop"}
 
 
 @pytest.fixture
@@ -143,10 +138,7 @@ class _LeakDetector(logging.Handler):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--sources-on",
-        choices=["asyncio", "uvloop"],
-        default="asyncio",
-        help="the event loop for the tests of sources and storages (default: asyncio); all others run on both",
+        "--event-loop", choices=["asyncio", "uvloop"], default="asyncio", help="what to run on (default: asyncio)"
     )
 
 
@@ -154,6 +146,10 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what the SDKs of all clouds bring, and collections their time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # what was left behind is collected at the end, and complains then
 
 
 def pytest_configure(config: pytest.Config) -> None:

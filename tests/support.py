@@ -52,7 +52,7 @@ def _texts(thing: object, where: str, seen: set[int]) -> Iterator[tuple[str, str
     if isinstance(thing, (bytes, bytearray)):
         yield where, bytes(thing).decode("latin-1")
         return
-    if id(thing) in seen:
+    if thing is None or isinstance(thing, (int, float)) or id(thing) in seen:
         return
     seen.add(id(thing))
 

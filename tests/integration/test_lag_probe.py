@@ -13,13 +13,15 @@ from asyncpool_creds import TokenManager
 
 pytestmark = pytest.mark.anyio
 
+_LONG = 10 * LIMIT  # however slow the machine is
+
 
 async def sleep_in_the_loop():
-    time.sleep(2 * LIMIT)  # noqa: ASYNC251 - what a blocking SDK does
+    time.sleep(_LONG)  # noqa: ASYNC251 - what a blocking SDK does
 
 
 async def compute():
-    until = time.thread_time() + 2 * LIMIT
+    until = time.thread_time() + _LONG
     while time.thread_time() < until:
         pass
 
@@ -29,11 +31,11 @@ async def sleep_in_a_task():
 
 
 async def wait():
-    await asyncio.sleep(2 * LIMIT)
+    await asyncio.sleep(_LONG)
 
 
 async def sleep_in_a_thread():
-    await anyio.to_thread.run_sync(time.sleep, 2 * LIMIT)
+    await anyio.to_thread.run_sync(time.sleep, _LONG)
 
 
 def refresh_that(does):
@@ -76,7 +78,7 @@ async def test_what_others_do_meanwhile_is_their_business():
 
     async def block():
         await started.wait()
-        time.sleep(2 * LIMIT)  # noqa: ASYNC251 - that is the point
+        time.sleep(_LONG)  # noqa: ASYNC251 - that is the point
 
     async def refresh():
         async with asyncio.TaskGroup() as group, TokenManager(source) as manager:
@@ -100,6 +102,6 @@ async def test_every_refresh_is_watched_and_none_after_the_end():
 
 
 async def test_what_blocks_in_the_first_refresh_of_a_process_is_seen():
-    probe = await watch_cold("import time", f"lambda: time.sleep({2 * LIMIT}) or 'token'")
+    probe = await watch_cold("import time", f"lambda: time.sleep({_LONG}) or 'token'")
 
     assert probe.blocking

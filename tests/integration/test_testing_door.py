@@ -18,11 +18,6 @@ pytestmark = pytest.mark.anyio
 TOKEN = "good"
 
 
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request):
-    return ("asyncio", {"use_uvloop": request.param})
-
-
 @pytest.fixture(scope="module")
 def server():
     with PostgresServer() as server:

@@ -30,18 +30,6 @@ with PostgresServer() as server:
 """
 
 
-ON_BOTH_LOOPS = pytest.mark.parametrize(
-    "anyio_backend",
-    [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})],
-    ids=["asyncio", "uvloop"],
-)
-
-
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def server():
     """For tests that leave no trace but roles of their own."""
@@ -107,7 +95,6 @@ def test_a_server_is_up_at_once_and_gone_at_the_end_of_the_block():
         server.dsn()
 
 
-@ON_BOTH_LOOPS
 async def test_a_server_in_an_async_block_leaves_the_loop_free():
     ticks = 0
 
@@ -128,7 +115,6 @@ async def test_a_server_in_an_async_block_leaves_the_loop_free():
     assert_is_gone(*place)
 
 
-@ON_BOTH_LOOPS
 @pytest.mark.parametrize("how", ["task", "scope"])
 async def test_a_start_that_is_cancelled_leaves_nothing(how):
     server = PostgresServer()

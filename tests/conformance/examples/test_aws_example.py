@@ -17,11 +17,7 @@ from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.postgres import PostgresServer
 from asyncpool_creds.testing.sigv4 import SigV4Verifier
 
-# An example chooses its event loop itself.
-pytestmark = [
-    pytest.mark.anyio,
-    pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True),
-]
+pytestmark = pytest.mark.anyio
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

@@ -571,7 +571,6 @@ async def test_not_even_the_first_fetch_holds_up_the_loop(source, stub):
     assert probe.blocking == []
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_the_very_first_fetch_of_a_process_does_not_hold_up_the_loop(stub):
     with web_identity(stub):
         probe = await watch_cold("from asyncpool_creds.providers.aws import RDSIAM", f"RDSIAM('{HOST}', user='app')")

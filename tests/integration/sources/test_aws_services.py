@@ -573,7 +573,6 @@ async def test_not_even_the_first_fetch_holds_up_the_loop(kind, options, stub, m
     assert probe.blocking == []
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize(("kind", "options"), ALL[:2])
 async def test_the_very_first_fetch_of_a_process_does_not_hold_up_the_loop(kind, options, stub):
     put(stub, secret())

@@ -102,6 +102,7 @@ async def _live(life: Life, stack: AsyncExitStack, observer: RecordingObserver) 
                 failures.append(error)
                 return
             served += 1
+            await asyncio.sleep(0.002)  # the load is for the pool, not for the machine
 
     credentials = life.credentials
     if not isinstance(credentials, BindableProvider):

@@ -27,12 +27,6 @@ CLIENT = {"client_id": "app", "client_secret": secret("client")}
 KEY = ec.generate_private_key(ec.SECP256R1())
 
 
-@pytest.fixture(scope="session")
-def anyio_backend():
-    # What differs between the loops is tested with our own issuer.
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def canaille():
     key = ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True)

@@ -35,12 +35,6 @@ LINES = 11
 WORKER = Path(__file__).parents[2] / "oauth2_worker.py"
 
 
-@pytest.fixture(scope="session")
-def anyio_backend():
-    # The processes have a loop of their own; that of the issuer makes no difference.
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def redis():
     with RedisServer(password=secret("redis")) as server:
