@@ -68,15 +68,15 @@ def floors(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Branch coverage of what has been measured since the last time; without any such run, of one made here."""
+    """Branch coverage of the whole suite, or of the runs that were measured before; arguments go to the report."""
     session.install("--group", "test", "-e", ".")
     data = Path(".coverage-data").resolve()
     if not list(data.glob("run.*")):
         data.mkdir(exist_ok=True)
-        session.run("coverage", "run", f"--data-file={data}/run", "-m", "pytest", *session.posargs)
+        session.run("coverage", "run", f"--data-file={data}/run", "-m", "pytest")
     # One file for each process.
     session.run("coverage", "combine", "--quiet", *map(str, sorted(data.glob("run.*"))))
-    session.run("coverage", "report")
+    session.run("coverage", "report", *session.posargs)
 
 
 @nox.session
