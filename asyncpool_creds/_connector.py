@@ -15,6 +15,7 @@ from asyncpool_creds._events import CredentialRefused, Observers
 from asyncpool_creds._manager import Stamp, TokenManager
 from asyncpool_creds._provider import Target
 from asyncpool_creds._target import Route, forbid_password, read_route, require_tls, routing_arguments
+from asyncpool_creds._tls import TlsContext
 
 __all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments", "is_refusal"]
 
@@ -95,6 +96,7 @@ class Connector:
         self._require_tls = require_tls
         self._is_refusal = is_refusal
         self._observers = observers
+        self._tls = TlsContext()
         self._read: tuple[str | None, dict[str, object], Route, bool] | None = None
 
     def route(self, dsn: str | None, arguments: dict[str, object]) -> tuple[Route, bool]:
@@ -120,6 +122,10 @@ class Connector:
         route, force_tls = self.route(dsn, arguments)
         if force_tls:
             arguments = {**arguments, "ssl": "require"}
+        if not self._is_custom:
+            context = self._tls.of(dsn, routing_arguments(arguments))
+            if context is not None:
+                arguments = {**arguments, "ssl": context}
         several = len(route.targets) > 1
         if self._one_manager_per_host and several:
             return await self._open_first_fitting(dsn, arguments, route, force_tls=force_tls)

@@ -1,4 +1,4 @@
-"""Checkout without a coroutine, and the reset of a connection without a task, or none if nothing was sent.
+"""The reset of a connection without a task, or none if nothing was sent.
 
 This is the one file that touches asyncpg's private parts for speed. What it does is what `PoolConnectionHolder` and
 `Connection.reset` do, in all cases in which nothing of theirs is customised and nothing is out of the ordinary;
@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import weakref
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Final
 
 import asyncpg
@@ -22,6 +21,7 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.protocol import Protocol
 
 from asyncpool_creds._connector import AnyConnection
+from asyncpool_creds._handoff import Handoff
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._slots import AnyProxy, Slot, SlotOwner
 
@@ -30,32 +30,39 @@ __all__ = ["FastPath", "is_supported", "watch"]
 _logger = logging.getLogger("asyncpool_creds")
 
 # What must be asyncpg's own in a connection class for its reset to be ours.
-_RESET_METHODS: Final = ("reset", "_reset", "execute", "is_closed")
+_RESET_METHODS: Final = ("reset", "_reset", "execute", "is_closed", "_on_release", "_check_listeners")
 _NEEDED: Final = (
     (Protocol, ("query", "queries_count", "is_in_transaction", "_is_cancelling", "_wait_for_cancellation")),
     (
         asyncpg.Connection,
         (
             *("_protocol", "_top_xact", "_listeners", "_log_listeners", "_query_loggers"),
-            *("get_reset_query", "_on_release", "_copy_in", "_copy_out", "_get_statement", *_RESET_METHODS),
+            *("get_reset_query", "_pool_release_ctr", "_copy_in", "_copy_out", "_get_statement", *_RESET_METHODS),
         ),
     ),
     (PoolConnectionProxy, ("_detach",)),
 )
 
 
-# What `queries_count` of a connection was when it had been reset. It counts whatever can change a session but COPY, and
-# not before it is sent, which may be after a statement was prepared for it; these take an entry out of here. One that
-# has just been opened is not here either: it may have been through `init`.
-_untouched: Final[weakref.WeakKeyDictionary[AnyConnection, int]] = weakref.WeakKeyDictionary()
+# What `queries_count` of a connection was when it had been reset, by its id. It counts whatever can change a session
+# but COPY, and not before it is sent, which may be after a statement was prepared for it; these take an entry out of
+# here. One that has just been opened is not here either: it may have been through `init`.
+_untouched: Final[dict[int, int]] = {}
 
 
 def watch(connection: AnyConnection) -> None:
     """Have what is not counted on `connection` noticed: without that it is reset whenever it comes back."""
+    _untouched.pop(id(connection), None)
     try:
         connection.__class__ = _watched(type(connection))
     except TypeError:
         _logger.debug("not all that is done with a %s is noticed: it is always reset", type(connection).__qualname__)
+    else:
+        connection.add_termination_listener(_forget)
+
+
+def _forget(connection: object) -> None:
+    _untouched.pop(id(connection), None)
 
 
 _watched_kinds: Final[set[type[Any]]] = set()
@@ -69,15 +76,15 @@ def _watched(kind: type[Any]) -> type[Any]:
         __slots__ = ()
 
         def _copy_in(self, *arguments: Any, **keywords: Any) -> Any:
-            _untouched.pop(self, None)
+            _untouched.pop(id(self), None)
             return kind._copy_in(self, *arguments, **keywords)
 
         def _copy_out(self, *arguments: Any, **keywords: Any) -> Any:
-            _untouched.pop(self, None)
+            _untouched.pop(id(self), None)
             return kind._copy_out(self, *arguments, **keywords)
 
         def _get_statement(self, *arguments: Any, **keywords: Any) -> Any:
-            _untouched.pop(self, None)
+            _untouched.pop(id(self), None)
             return kind._get_statement(self, *arguments, **keywords)
 
     Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
@@ -98,7 +105,7 @@ def is_supported() -> bool:
 
 
 class FastPath:
-    """The fast ways out of a pool and in again; None from any of them means: take asyncpg's.
+    """The fast way back into a pool.
 
     Args:
         owner: The pool.
@@ -106,38 +113,47 @@ class FastPath:
         loop: Its event loop.
         wait_for_reset: Whether a release is done when the server has acknowledged the reset, as asyncpg's is, or
             when the reset is on its way.
+        resets: False: whatever a session was set to stays for the next one.
     """
 
     def __init__(
-        self, owner: SlotOwner, queue: SlotQueue, *, loop: asyncio.AbstractEventLoop, wait_for_reset: bool
+        self,
+        owner: SlotOwner,
+        queue: SlotQueue,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        wait_for_reset: bool,
+        resets: bool,
     ) -> None:
         self._owner: Final = owner
         self._queue: Final = queue
         self._loop: Final = loop
         self._wait_for_reset: Final = wait_for_reset
+        self._resets: Final = resets
         self._done: Final[asyncio.Future[None]] = loop.create_future()
         self._done.set_result(None)
         self._classes: Final[dict[type[AnyConnection], bool]] = {}
 
-    def check_out(self) -> AnyProxy | None:
-        """Return the proxy of a connection that is ready."""
-        slot = self._queue.take_ready()
-        if slot is None:
-            return None
-        proxy = slot.check_out()
-        if proxy is None:
-            self._queue.put_nowait(slot)  # nobody waits, so it is the next one
-        return proxy
+    def release(self, proxy: AnyProxy) -> Awaitable[None] | None:
+        """Reset the connection of `proxy`, if anything was sent, and free its slot when that is done.
 
-    def release(self, slot: Slot) -> asyncio.Future[None] | None:
-        """Reset the connection of `slot`, unless nothing was sent, and free the slot when that is done."""
-        connection: Any = slot._con  # the stubs know little of what is private
-        if not self._is_ordinary(slot, connection):
+        Returns:
+            What a release has to wait for; whoever is cancelled in it leaves the reset as it is. None: nothing has
+            happened yet, and asyncpg's way is to be taken.
+        """
+        if type(proxy) is not PoolConnectionProxy:
             return None
-        if _untouched.get(connection) == connection._protocol.queries_count:
-            connection._listeners.clear()
-            connection._log_listeners.clear()
-            slot._timeout = None
+        slot: Any = proxy._holder
+        connection: Any = slot._con if slot._proxy is proxy and slot._pool is self._owner else None
+        if connection is None or slot._timeout is not None or not self._is_ordinary(slot, connection):
+            return None
+        calm = self._owner.calm
+        if (calm.monotonic() >= calm.until or calm.time() >= calm.until_wall) and (
+            self._owner.after_release is not None or self._owner.claim_on(connection) is not None
+        ):
+            return None
+        if not self._resets or _untouched.get(id(connection)) == connection._protocol.queries_count:
+            connection._pool_release_ctr += 1
             slot.rejoin()
             return self._done
         query = connection.get_reset_query()
@@ -151,23 +167,23 @@ class FastPath:
             protocol.queries_count >= slot._max_queries
             or slot._generation != slot._pool._generation
             or connection._query_loggers
+            or connection._listeners  # of which asyncpg warns
+            or connection._log_listeners
             or connection._top_xact is not None
             or protocol.is_in_transaction()
             or protocol._is_cancelling()
         )
 
-    def _reset(self, slot: Slot, connection: Any, query: str) -> asyncio.Future[None] | None:
+    def _reset(self, slot: Slot, connection: Any, query: str) -> Awaitable[None] | None:
         reset: Coroutine[Any, None, str] = connection._protocol.query(query, None)
         try:
             waiter = reset.send(None)  # it is written now
         except Exception:  # noqa: BLE001 - asyncpg's own way meets it again, and knows what to do
             return None
         waiter._asyncio_future_blocking = False
-        connection._listeners.clear()
-        connection._log_listeners.clear()
-        slot._timeout = None
+        connection._pool_release_ctr += 1
         if self._wait_for_reset:
-            done = self._loop.create_future()
+            done: Handoff[None] = Handoff(self._loop)
             waiter.add_done_callback(functools.partial(self._finish, slot, connection, reset, done))
             return done
         # The slot stays in use, so that nobody takes it and close() waits for it; the caller's proxy is void.
@@ -189,7 +205,7 @@ class FastPath:
         slot: Slot,
         connection: AnyConnection,
         reset: Coroutine[Any, None, str],
-        done: asyncio.Future[None] | None,
+        done: Handoff[None] | None,
         waiter: asyncio.Future[Any],  # noqa: ARG002 - the coroutine looks for itself
     ) -> None:
         error = _end_of(reset)
@@ -197,22 +213,32 @@ class FastPath:
             self._queue.resetting -= 1
             if error is not None and not slot._pool.is_closing():
                 self._owner.retire(connection, "reset_failed")  # nobody else would hear of it
-        if slot._con is connection:  # else it died meanwhile, and the slot is free
-            if error is None and not connection.is_closed():
-                if type(connection) in _watched_kinds:
-                    _untouched[connection] = connection._protocol.queries_count
-                slot.rejoin()
-            else:
-                connection.terminate()
-                if slot._con is connection:
-                    # asyncpg 0.30 and 0.31 look for the slot in the proxy, which is gone.
-                    slot._release_on_close()
+        self._queue.hold()
+        try:
+            self._put_back(slot, connection, error)
+        finally:
+            # Nothing is left to do here: those who wait run on from within this callback.
+            self._queue.let_go()
         if done is None or done.done():
             return
         if error is None:
-            done.set_result(None)
+            done.settle(None)
         else:
-            done.set_exception(error)
+            done.fail(error)
+        done.resume()
+
+    def _put_back(self, slot: Slot, connection: AnyConnection, error: BaseException | None) -> None:
+        if slot._con is not connection:
+            return  # it died meanwhile, and the slot is free
+        if error is None and not connection.is_closed():
+            if type(connection) in _watched_kinds:
+                _untouched[id(connection)] = connection._protocol.queries_count
+            slot.rejoin()
+            return
+        connection.terminate()
+        if slot._con is connection:
+            # asyncpg 0.30 and 0.31 look for the slot in the proxy, which is gone.
+            slot._release_on_close()
 
 
 def _end_of(reset: Coroutine[Any, None, str]) -> BaseException | None:

@@ -168,6 +168,15 @@ class CredentialPool(_Pool[RecordT]):
         self.after_release = after_release
 
         arguments: dict[str, Any] = {**_asyncpg_defaults(), **asyncpg_arguments, "loop": loop, "connect": self._open}
+        reset: object = arguments["reset"]
+        resets = reset is not False
+        if resets and reset is not None and not callable(reset):
+            raise TypeError(
+                f"reset must be a coroutine function that takes a connection, None for asyncpg's reset, or False "
+                f"for none; not {reset!r}"
+            )
+        if not resets:
+            arguments["reset"] = _leave_as_it_is
         for name in ("init", "setup"):
             if arguments[name] is not None:
                 arguments[name] = _hanging_up_on_cancellation(arguments[name])
@@ -175,10 +184,10 @@ class CredentialPool(_Pool[RecordT]):
 
         self._slot_queue = SlotQueue(fair=fair)
         self._fast_path: FastPath | None = None
-        self.fast_release: Callable[[Slot], asyncio.Future[None] | None] | None = None
-        if fast_path and arguments["reset"] is None and is_supported():
-            self._fast_path = FastPath(self, self._slot_queue, loop=self._loop, wait_for_reset=wait_for_reset)
-            self.fast_release = self._fast_path.release
+        if fast_path and (not resets or arguments["reset"] is None) and is_supported():
+            self._fast_path = FastPath(
+                self, self._slot_queue, loop=self._loop, wait_for_reset=wait_for_reset, resets=resets
+            )
         self._user_connect = connect
         self._clock: Clock = SYSTEM_CLOCK
         self._is_inherited = False
@@ -357,12 +366,32 @@ class CredentialPool(_Pool[RecordT]):
         self._rotation.start(in_background=self._manager is None or self._manager.background)
 
     async def _acquire(self, timeout: float | None) -> AnyProxy:  # noqa: ASYNC109 - asyncpg's signature
-        if timeout is None and self._fast_path is not None and not self._closing:
-            self._check_init()
-            proxy = self._fast_path.check_out()
-            if proxy is not None:
-                return proxy
-        return await super()._acquire(timeout)
+        if timeout is not None or self._fast_path is None or self._closing:
+            return await super()._acquire(timeout)
+        self._check_init()
+        slot = self._slot_queue.take_ready() or await self._slot_queue.get()
+        proxy = slot.check_out()
+        if proxy is not None:
+            return proxy
+        try:
+            proxy = await slot.acquire()
+        except BaseException:
+            self._slot_queue.put_nowait(slot)
+            self.restore_floor()
+            raise
+        slot.forget_timeout()
+        return proxy
+
+    async def release(self, connection: AnyProxy, *, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Release a connection back to the pool, as asyncpg's does.
+
+        Done as soon as the reset of its session is on its way, or, with `wait_for_reset`, has been acknowledged.
+        Cancelling this leaves the reset as it is.
+        """
+        done = None
+        if timeout is None and self._fast_path is not None:
+            done = self._fast_path.release(connection)
+        await (super().release(connection, timeout=timeout) if done is None else done)
 
     async def _get_new_connection(self) -> AnyConnection:
         return await self._rotation.take_spare() or await self._new_connection(replacement=False)
@@ -550,6 +579,10 @@ def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Calla
     return hook_or_hang_up
 
 
+async def _leave_as_it_is(_connection: AnyConnection) -> None:
+    """Reset nothing."""
+
+
 def _is_bindable(credentials: Credentials) -> bool:
     return not isinstance(credentials, TokenManager) and isinstance(credentials, BindableProvider)
 
@@ -601,7 +634,7 @@ def create_pool(
     connect: ConnectFunction | None = None,
     setup: Callable[[AnyProxy], Awaitable[None]] | None = None,
     init: Callable[[AnyConnection], Awaitable[None]] | None = None,
-    reset: Callable[[AnyConnection], Awaitable[None]] | None = None,
+    reset: Callable[[AnyConnection], Awaitable[None]] | Literal[False] | None = None,
     loop: asyncio.AbstractEventLoop | None = None,
     connection_class: type[AnyConnection] = asyncpg.Connection,
     record_class: type[RecordT] = asyncpg.Record,  # type: ignore[assignment]
@@ -648,7 +681,9 @@ def create_pool(
         connect: As for asyncpg; is given the current ``user`` and, as a function, ``password``.
         setup: As for asyncpg.
         init: As for asyncpg.
-        reset: As for asyncpg.
+        reset: As for asyncpg. False: a session is left as it is, for work that changes nothing in it: what
+            was SET, LISTENed to, locked or prepared by one user of a connection is there for the next. Open
+            transactions are rolled back all the same.
         loop: As for asyncpg.
         connection_class: As for asyncpg.
         record_class: As for asyncpg.

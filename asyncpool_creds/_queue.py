@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from asyncpool_creds._handoff import Handoff
 from asyncpool_creds._slots import Slot
 
 __all__ = ["SlotQueue"]
@@ -32,7 +33,8 @@ class SlotQueue:
 
     def __init__(self, *, fair: bool) -> None:
         self._slots: Final[list[Slot]] = []
-        self._waiting: Final[deque[asyncio.Future[Slot | None]]] = deque()
+        self._waiting: Final[deque[Handoff[Slot | None]]] = deque()
+        self._served: list[Handoff[Slot | None]] | None = None
         self._fair: Final = fair
         self.resetting = 0
 
@@ -73,7 +75,7 @@ class SlotQueue:
 
     async def _wait(self) -> Slot | None:
         loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Slot | None] = loop.create_future()
+        waiter: Handoff[Slot | None] = Handoff(loop)
         self._waiting.append(waiter)
         impatience = loop.call_later(_PATIENCE, self._serve_vacant, waiter) if self._slots else None
         try:
@@ -103,14 +105,29 @@ class SlotQueue:
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():  # or he was cancelled a moment ago
-                waiter.set_result(slot)
+                waiter.settle(slot)
+                if self._served is None:
+                    waiter.resume_soon()
+                else:
+                    self._served.append(waiter)
                 return True
         return False
 
-    def _serve_vacant(self, waiter: asyncio.Future[Slot | None]) -> None:
+    def _serve_vacant(self, waiter: Handoff[Slot | None]) -> None:
         if self._slots and not waiter.done():
             self._waiting.remove(waiter)
-            waiter.set_result(self._slots.pop())
+            waiter.settle(self._slots.pop())
+            waiter.resume()
+
+    def hold(self) -> None:
+        """Let nobody go on who is served from now on, until `let_go`."""
+        self._served = []
+
+    def let_go(self) -> None:
+        """Let those go on who have been served meanwhile, at once: for callbacks of the event loop only."""
+        served, self._served = self._served, None
+        for waiter in served or ():
+            waiter.resume()
 
     def get_disconnected_nowait(self) -> Slot:
         """Return a slot without a connection, for asyncpg 0.32 to connect.

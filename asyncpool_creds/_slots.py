@@ -78,7 +78,6 @@ class SlotOwner(Protocol):
     before_acquire: ConnectionHook | None
     after_release: ConnectionHook | None
     connecting: set[Slot]
-    fast_release: Callable[[Slot], asyncio.Future[None] | None] | None  # None from it: take asyncpg's way
 
     def end_of(self, connection: AnyConnection) -> RetireReason | None:
         """Return why `connection` must not be handed out any more, or None."""
@@ -195,8 +194,10 @@ class Slot(_Holder):
             or self._setup is not None
             or self._generation != pool._generation
             or connection.is_closed()
-            or calm.monotonic() >= calm.until
-            or calm.time() >= calm.until_wall
+            or (
+                (calm.monotonic() >= calm.until or calm.time() >= calm.until_wall)
+                and (pool.before_acquire is not None or pool.end_of(connection) is not None)
+            )
         ):
             return None
         if self._inactive_callback is not None:
@@ -255,12 +256,8 @@ class Slot(_Holder):
     def release(self, timeout: float | None) -> Awaitable[None]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         owner: SlotOwner = self._pool
         calm = owner.calm
-        if calm.monotonic() < calm.until and calm.time() < calm.until_wall:
-            done = None if timeout is not None or owner.fast_release is None else owner.fast_release(self)
-            if done is not None:
-                return done
-            if not _WAITS_FOR_EVER:
-                return _release(self, timeout)
+        if not _WAITS_FOR_EVER and calm.monotonic() < calm.until and calm.time() < calm.until_wall:
+            return _release(self, timeout)
         return self._careful_release(owner, timeout)
 
     async def _careful_release(self, owner: SlotOwner, timeout: float | None) -> None:  # noqa: ASYNC109 - as asyncpg's
@@ -291,6 +288,10 @@ class Slot(_Holder):
                 owner.released(self)
         if failure is not None:
             raise failure
+
+    def forget_timeout(self) -> None:
+        """Have the release take as long as it takes: no timeout came with the acquire."""
+        self._timeout = None
 
     async def wait_until_reset(self) -> None:
         """Wait for the end of the reset that is under way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import ipaddress
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,7 +15,7 @@ from asyncpg import connect_utils
 from asyncpool_creds._errors import InsecureTransport
 from asyncpool_creds._provider import Target
 
-__all__ = ["Route", "forbid_password", "read_route", "require_tls", "routing_arguments"]
+__all__ = ["Route", "forbid_password", "read_route", "read_tls_context", "require_tls", "routing_arguments"]
 
 # asyncpg's own reading of DSN, arguments, PG* variables and service files; there is no public
 # one, and a second parser would sooner or later disagree with it about where a secret goes.
@@ -48,17 +49,34 @@ def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
     Raises:
         asyncpg.ClientConfigurationError: As asyncpg.connect does.
     """
+    addresses, parameters = _read(dsn, arguments)
+    # asyncpg 0.30 and 0.31 say "disable" where they are given an SSLContext.
+    disabled = "required" if parameters.ssl else "disabled"
+    tls = {"disable": disabled, "allow": "preferred", "prefer": "preferred"}.get(parameters.sslmode.name, "required")
+    targets = tuple(_target(address, parameters.user, parameters.database) for address in addresses)
+    return Route(targets, tls, parameters.target_session_attrs.value)
+
+
+def read_tls_context(dsn: str | None, arguments: Mapping[str, object]) -> ssl.SSLContext | None:
+    """Return the context with which every connection is encrypted; None if there may be one in plain text.
+
+    Raises:
+        asyncpg.ClientConfigurationError: As asyncpg.connect does.
+        OSError: As asyncpg.connect does: a file cannot be read.
+    """
+    _, parameters = _read(dsn, arguments)
+    required = parameters.sslmode.name in ("require", "verify_ca", "verify_full")
+    return parameters.ssl if required and isinstance(parameters.ssl, ssl.SSLContext) else None
+
+
+def _read(dsn: str | None, arguments: Mapping[str, object]) -> tuple[Any, Any]:
     known: dict[str, object] = {}
     known.update(dict.fromkeys(_PARSED))
     known.update(arguments)
     # A password of ours keeps asyncpg from opening the password file.
     known.update(dsn=dsn, password="-")  # noqa: S106
     addresses, parameters = _parse(**known)
-    # asyncpg 0.30 and 0.31 say "disable" where they are given an SSLContext.
-    disabled = "required" if parameters.ssl else "disabled"
-    tls = {"disable": disabled, "allow": "preferred", "prefer": "preferred"}.get(parameters.sslmode.name, "required")
-    targets = tuple(_target(address, parameters.user, parameters.database) for address in addresses)
-    return Route(targets, tls, parameters.target_session_attrs.value)
+    return addresses, parameters
 
 
 def _target(address: str | tuple[str, int], user: str | None, database: str | None) -> Target:

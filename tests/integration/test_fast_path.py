@@ -259,6 +259,39 @@ async def test_the_switch_turns_it_off(server, resets):
     assert resets == []
 
 
+@pytest.mark.parametrize("arguments", [{}, {"fast_path": False}, {"wait_for_reset": True}])
+async def test_without_a_reset_a_session_stays_as_it_is_but_for_open_transactions(server, quiet, arguments):
+    async with asyncpool_creds.create_pool(server.dsn(), min_size=1, max_size=1, reset=False, **arguments) as pool:
+        pid = await pool.fetchval(PID)
+        await pool.execute("SET work_mem = '1MB'; SELECT pg_advisory_lock(1)")
+        connection = await pool.acquire()
+        await connection.execute("BEGIN; SET LOCAL work_mem = '3MB'")
+        await pool.release(connection)
+
+        async with pool.acquire() as connection:
+            assert not connection.is_in_transaction()
+            assert await connection.fetchval(PID) == pid
+            assert await connection.fetchval("SHOW work_mem") == "1MB"
+            assert (await connection.fetchrow(STATE))["locks"] == 1
+
+
+async def test_without_a_reset_nothing_is_sent_after_a_query(server, resets):
+    async with asyncpool_creds.create_pool(server.dsn(), min_size=1, max_size=1, reset=False) as pool:
+        counts = []
+        for _ in range(3):
+            await pool.fetchval("SELECT 1")
+            counts.append(pool.slots()[0].connection._protocol.queries_count)
+
+    assert [count - counts[0] for count in counts] == [0, 1, 2]
+    assert resets == [True] * 3
+
+
+@pytest.mark.parametrize("reset", [True, 0, "DISCARD ALL"])
+def test_a_reset_that_is_none_is_refused_before_anything_is_opened(reset):
+    with pytest.raises(TypeError, match="reset must be"):
+        asyncpool_creds.create_pool("postgresql://nowhere", reset=reset)
+
+
 async def test_an_asyncpg_without_what_it_needs_is_said_once_and_served_all_the_same(server, monkeypatch, caplog):
     monkeypatch.setattr(_fastpath, "_NEEDED", ((asyncpg.Connection, ("_what_is_no_more",)),))
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import socket
+import ssl
+from pathlib import Path
 
 import pytest
+import trustme
 from support import secret
 
-from asyncpool_creds import Credential, InsecureTransport, connect, create_pool
+from asyncpool_creds import Credential, InsecureTransport, _target, _tls, connect, create_pool
 
 pytestmark = pytest.mark.anyio
 
@@ -196,3 +199,58 @@ async def test_a_refused_port_is_no_matter_of_the_guard():
             await create_pool(
                 f"postgresql://app@{REMOTE}:{bound.getsockname()[1]}/postgres", credentials=provide, min_size=1
             )
+
+
+async def test_all_connections_of_a_pool_share_a_context_until_its_files_change(tls_cloud, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(_tls, "read_tls_context", lambda *arguments: made.append(read(*arguments)) or made[-1])
+    read = _target.read_tls_context
+    authority = tmp_path / "ca.pem"
+    authority.write_text(Path(tls_cloud.door.ca_pem_path).read_text())
+    dsn = f"postgresql://app@localhost:{tls_cloud.door.port}/postgres?sslmode=verify-full&sslrootcert={authority}"
+
+    async with tls_cloud.pool(dsn=dsn, min_size=3, max_size=3) as pool:
+        assert len(made) == 1
+
+        # Another authority: the next connect trusts it, and no longer the one before.
+        trustme.CA().cert_pem.write_to_path(str(authority))
+        await pool.expire_connections()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await pool.fetchval("SELECT 1")
+
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("query", "arguments", "variables"),
+    [
+        ("", {}, {}),
+        ("?sslmode=prefer", {}, {}),
+        ("?sslmode=disable", {}, {}),
+        ("?service=some", {"ssl": "require"}, {}),
+        ("", {"ssl": "require", "service": "some"}, {}),
+        ("", {"ssl": "require"}, {"PGSERVICE": "some"}),
+        ("", {"ssl": ssl.create_default_context()}, {}),
+    ],
+)
+def test_where_a_context_is_not_ours_to_make_asyncpg_sees_for_itself(monkeypatch, query, arguments, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    assert _tls.TlsContext().of(f"postgresql://app@{REMOTE}:1/postgres{query}", arguments) is None
+
+
+@pytest.mark.parametrize("change", [{"PGSSLMODE": "verify-full"}, {"PGSSLMINPROTOCOLVERSION": "TLSv1.3"}])
+def test_a_context_is_made_anew_when_the_environment_says_something_else(monkeypatch, tmp_path, change):
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("PGSSLROOTCERT", str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("PGSSLMODE", "verify-ca")
+    contexts, dsn = _tls.TlsContext(), f"postgresql://app@{REMOTE}:1/postgres"
+
+    before = contexts.of(dsn, {})
+    assert contexts.of(dsn, {}) is before
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    after = contexts.of(dsn, {})
+
+    assert (after.check_hostname, after.minimum_version) != (before.check_hostname, before.minimum_version)

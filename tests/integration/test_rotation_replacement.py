@@ -318,7 +318,7 @@ async def test_a_spare_that_is_superseded_while_it_waits_is_replaced_itself(clou
             await cloud.until(lambda: pool.stats().spare == 1)
             await pool.manager.refresh()
             await cloud.until(lambda: cloud.presented == [1, 2, 3] and pool.stats().spare == 1)
-        assert pool.stats().by_generation == {3: 1}
+        await cloud.until(lambda: pool.stats().by_generation == {3: 1})
         await cloud.door.until(lambda: cloud.door.live == 1)
         assert cloud.door.peak_live <= 2
 
@@ -334,7 +334,7 @@ async def test_a_spare_that_dies_while_it_waits_is_replaced_itself(cloud):
             )
             await cloud.until(lambda: len(cloud.presented) == 3 and pool.stats().spare == 1)
 
-        assert pool.stats().by_generation == {2: 1}
+        await cloud.until(lambda: pool.stats().by_generation == {2: 1})
         assert await pool.fetchval("SELECT 1") == 1
 
 
@@ -471,18 +471,19 @@ async def test_while_connects_are_refused_the_old_ones_serve_until_their_own_end
 
 async def test_a_replacement_that_is_refused_tells_of_a_wrong_role_and_does_not_hammer(cloud):
     async with cloud.pool(max_size=2, retire_when="rotated") as pool:
-        old = await pool.fetchval(PID)
+        async with pool.acquire() as one, pool.acquire() as other:
+            old = {await one.fetchval(PID), await other.fetchval(PID)}
         cloud.refuses_all = True
         await pool.manager.refresh()
         failure = await cloud.observer.seen(ReplacementFailed)
 
         assert failure.error == "InvalidAuthorizationSpecificationError (28000)"
-        assert await pool.fetchval(PID) == old
+        assert await pool.fetchval(PID) in old
         # The first one is refused, and so is the one that was fetched because of it.
         assert (cloud.presented, cloud.provider.calls) == ([1, 1, 2, 3], 3)
         await cloud.observer.seen(ReplacementFailed, 3)
         assert cloud.provider.calls == 3
-        assert await pool.fetchval(PID) == old
+        assert await pool.fetchval(PID) in old
 
 
 async def test_replacement_goes_on_when_the_server_accepts_again(cloud):

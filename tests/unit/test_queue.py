@@ -147,6 +147,28 @@ async def test_whoever_waits_too_long_for_a_reset_connects_after_all():
     assert await queue.get() is vacant
 
 
+async def test_whoever_is_served_by_a_callback_goes_on_when_that_has_nothing_more_to_do():
+    slot, seen = Slot("slot"), []
+    queue = queue_of()
+
+    async def take():
+        seen.append(await queue.get())
+
+    def give_back():
+        queue.hold()
+        queue.put_nowait(slot)
+        seen.append("put back")
+        queue.let_go()
+        seen.append("nothing more")
+
+    task = asyncio.create_task(take())
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_soon(give_back)
+    await task
+
+    assert seen == ["put back", slot, "nothing more"]
+
+
 async def test_asyncpgs_floor_gets_slots_without_a_connection_alone():
     connected, vacant = Slot("connected"), Slot("vacant", connected=False)
     queue = queue_of(vacant, connected)
