@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
+import shutil
 import ssl
-from pathlib import Path
 
 import pytest
 import trustme
@@ -206,7 +206,7 @@ async def test_all_connections_of_a_pool_share_a_context_until_its_files_change(
     monkeypatch.setattr(_tls, "read_tls_context", lambda *arguments: made.append(read(*arguments)) or made[-1])
     read = _target.read_tls_context
     authority = tmp_path / "ca.pem"
-    authority.write_text(Path(tls_cloud.door.ca_pem_path).read_text())
+    shutil.copy(tls_cloud.door.ca_pem_path, authority)
     dsn = f"postgresql://app@localhost:{tls_cloud.door.port}/postgres?sslmode=verify-full&sslrootcert={authority}"
 
     async with tls_cloud.pool(dsn=dsn, min_size=3, max_size=3) as pool:
