@@ -1,8 +1,8 @@
 """The guard that keeps credentials from leaving for another host in the clear."""
 
 import asyncio
-import socket
 import shutil
+import socket
 import ssl
 
 import pytest
