@@ -10,25 +10,37 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncpool_creds.testing.postgres import PostgresServer
-from benchmarks import herd, machine, manager, report, rotation, saturation, throughput
+from benchmarks import herd, machine, manager, plots, report, rotation, saturation, throughput, token_paths
 from benchmarks.figures import Result
 from benchmarks.pools import PASSWORD, ROLE
 from benchmarks.rounds import Cell, Conditions, Effort
 
-_CELLS: Final[tuple[Cell, ...]] = (*throughput.CELLS, *saturation.CELLS, *herd.CELLS, *rotation.CELLS, *manager.CELLS)
-_QUICK: Final = Effort(blocks=3, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
+_CELLS: Final[tuple[Cell, ...]] = (
+    *throughput.CELLS,
+    *saturation.CELLS,
+    *herd.CELLS,
+    *rotation.CELLS,
+    *manager.CELLS,
+    *token_paths.CELLS,
+)
+_QUICK: Final = Effort(blocks=2, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
+# A cell keeps the pools of all its contenders open at once.
+_MAX_CONNECTIONS: Final = 300
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = _options(arguments)
-    cells = [cell for cell in _CELLS if options.only is None or any(cell in chosen for chosen in options.only)]
+    cells = _possible(
+        [cell for cell in _CELLS if options.only is None or any(cell in chosen for chosen in options.only)]
+    )
     loops = list(_LOOPS) if options.loop == "both" else [options.loop]
     effort = _QUICK if options.quick else Effort()
     if options.rounds is not None:
@@ -36,24 +48,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # What is loaded stays; collecting between rounds need not look at it.
     gc.freeze()
-    with PostgresServer() as server:
+    with PostgresServer(max_connections=_MAX_CONNECTIONS) as server:
         asyncio.run(server.create_role(ROLE, password=PASSWORD))
         results = _run(server, cells, loops, effort, options.seed)
         description = machine.describe(server.version)
 
+    settings = {"quick": options.quick, "seed": options.seed, "loops": loops, "effort": asdict(effort)}
+    figures = report.assemble(description, settings, results)
+    if options.results is not None:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "figures.json").write_text(report.as_json(figures) + "\n", encoding="utf-8")
+        plots.draw(figures, options.results)
     if options.json:
-        settings = {"quick": options.quick, "seed": options.seed, "loops": loops, "effort": asdict(effort)}
-        sys.stdout.write(report.as_json(description, settings, results) + "\n")
+        sys.stdout.write(report.as_json(figures) + "\n")
     else:
         # Wide enough for the widest table where there is no terminal to be seen on.
         console = Console()
-        report.print_tables(console if console.is_terminal else Console(width=200), description, results)
+        report.print_tables(console if console.is_terminal else Console(width=240), description, results)
     if not options.check:
         return 0
-    broken = report.broken_floors(results)
-    for complaint in broken:
+    for complaint in figures["broken_floors"]:
         sys.stderr.write(f"floor broken: {complaint}\n")
-    return 1 if broken else 0
+    return 1 if figures["broken_floors"] else 0
+
+
+def _possible(cells: Sequence[Cell]) -> list[Cell]:
+    """Return those whose distributions are installed, and say which are not."""
+    possible: list[Cell] = []
+    for cell in cells:
+        missing = [distribution for distribution in cell.requires if not machine.is_installed(distribution)]
+        if missing:
+            sys.stderr.write(
+                f"{cell.name} is left out: {' and '.join(missing)} not installed; pip install --group benchmarks\n"
+            )
+        else:
+            possible.append(cell)
+    return possible
 
 
 def _run(
@@ -107,12 +137,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--loop", choices=(*_LOOPS, "both"), default="both", help="the event loop; default: both")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, single rounds included")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="store figures.json and the plots there; default: nothing is stored"
+    )
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a floor does not hold")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="so many rounds in every cell")
     parser.add_argument("--seed", type=int, default=1, help="of the order in which contenders take turns; default: 1")
     options = parser.parse_args(arguments)
     if options.loop != "asyncio" and importlib.util.find_spec("uvloop") is None:
         parser.error("uvloop is not installed; install it, or pass --loop asyncio")
+    if options.results is not None and not machine.is_installed("matplotlib"):
+        parser.error("--results draws plots, and matplotlib is not installed: pip install --group test")
     return options
 
 

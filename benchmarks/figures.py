@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-__all__ = ["Figure", "Metrics", "Result", "Round", "Row", "percentile", "quartiles", "ratios", "series"]
+__all__ = [
+    "Better",
+    "Figure",
+    "Metrics",
+    "Moment",
+    "Result",
+    "Round",
+    "Row",
+    "moments",
+    "percentile",
+    "quartiles",
+    "ratios",
+    "series",
+]
 
 Metrics: TypeAlias = Mapping[str, float]
 """What one contender came to in one round."""
 Round: TypeAlias = Mapping[str, Metrics]
 """What each contender came to, by its name, side by side in time."""
+Better: TypeAlias = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +39,15 @@ class Figure:
         values: One a round.
         at_least: The median must not be below it.
         at_most: The median must not be above it.
+        better: Which way is up, if it is a ratio of two that were measured side by side: such figures can be compared
+            between runs. None: it depends on the machine.
     """
 
     name: str
     values: tuple[float, ...]
     at_least: float | None = None
     at_most: float | None = None
+    better: Better | None = None
 
     @property
     def median(self) -> float:
@@ -50,12 +67,28 @@ class Figure:
         return low <= self.median <= high
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What many durations in a short stretch of time came to.
+
+    Args:
+        at: The middle of the stretch, in seconds.
+        p50: Their median, in milliseconds; and so on.
+    """
+
+    at: float
+    p50: float
+    p99: float
+    longest: float
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A contender and its figures."""
+    """A contender and its figures; and the course of things, where a cell follows them through time."""
 
     contender: str
     figures: tuple[Figure, ...]
+    course: tuple[Moment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +119,17 @@ def percentile(values: Sequence[float], share: float) -> float:
     if not values:
         raise ValueError("percentile: no values")
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def moments(durations: Iterable[tuple[float, float]], width: float) -> tuple[Moment, ...]:
+    """Return what `durations` (when one began, how long it took; seconds) came to in stretches of `width` seconds."""
+    stretches: dict[int, list[float]] = {}
+    for began, took in durations:
+        stretches.setdefault(math.floor(began / width), []).append(took * 1e3)
+    return tuple(
+        Moment(at=(place + 0.5) * width, p50=percentile(took, 0.5), p99=percentile(took, 0.99), longest=max(took))
+        for place, took in sorted(stretches.items())
+    )
 
 
 def series(rounds: Sequence[Round], contender: str, metric: str, scale: float = 1.0) -> tuple[float, ...]:

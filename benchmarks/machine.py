@@ -7,12 +7,22 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Final
 
 import asyncpg
 
 import asyncpool_creds
 
-__all__ = ["describe"]
+__all__ = ["describe", "is_installed"]
+
+_PACKAGES: Final = (
+    "uvloop",
+    "psycopg",
+    "psycopg-pool",
+    "sqlalchemy",
+    "aurora-dsql-python-connector",
+    "cloud-sql-python-connector",
+)
 
 
 def describe(postgres_version: str) -> dict[str, str | int]:
@@ -23,10 +33,15 @@ def describe(postgres_version: str) -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "asyncpg": asyncpg.__version__,
-        "uvloop": _installed("uvloop"),
+        **{package: _version(package) or "not installed" for package in _PACKAGES},
         "postgres": postgres_version,
         "asyncpool_creds": asyncpool_creds.__version__,
     }
+
+
+def is_installed(distribution: str) -> bool:
+    """Return whether a distribution is there, by its name on PyPI."""
+    return _version(distribution) is not None
 
 
 def _processor() -> str:
@@ -38,8 +53,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _installed(package: str) -> str:
+def _version(distribution: str) -> str | None:
     try:
-        return version(package)
+        return version(distribution)
     except PackageNotFoundError:
-        return "not installed"
+        return None

@@ -5,14 +5,50 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
+from typing import TypedDict
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import Figure, Result, quartiles
+from benchmarks.figures import Better, Figure, Result, quartiles
 
-__all__ = ["as_json", "broken_floors", "print_tables"]
+__all__ = ["CellReport", "FigureReport", "Report", "as_json", "assemble", "broken_floors", "print_tables"]
+
+
+class FigureReport(TypedDict):
+    """A figure of a contender; `Figure` says what is what."""
+
+    median: float
+    quartiles: list[float]
+    min: float
+    max: float
+    at_least: float | None
+    at_most: float | None
+    better: Better | None
+    holds: bool
+    rounds: list[float]
+
+
+class CellReport(TypedDict):
+    """A cell on one event loop: figures, and what was followed through time, by contender."""
+
+    name: str
+    group: str
+    meaning: str
+    loop: str
+    contenders: dict[str, dict[str, FigureReport]]
+    courses: dict[str, list[dict[str, float]]]
+
+
+class Report(TypedDict):
+    """A run, as it is stored."""
+
+    machine: dict[str, str | int]
+    settings: dict[str, object]
+    cells: list[CellReport]
+    broken_floors: list[str]
 
 
 def print_tables(console: Console, machine: Mapping[str, str | int], results: Sequence[Result]) -> None:
@@ -79,32 +115,36 @@ def _complaint(result: Result, contender: str, figure: Figure) -> str:
     )
 
 
-def as_json(machine: Mapping[str, str | int], settings: Mapping[str, object], results: Sequence[Result]) -> str:
+def assemble(machine: Mapping[str, str | int], settings: Mapping[str, object], results: Sequence[Result]) -> Report:
     """Return everything, the single rounds too."""
-    return json.dumps(
-        {
-            "machine": dict(machine),
-            "settings": dict(settings),
-            "cells": [
-                {
-                    "name": result.cell,
-                    "group": result.group,
-                    "meaning": result.meaning,
-                    "loop": result.loop,
-                    "contenders": {
-                        row.contender: {figure.name: _figure(figure) for figure in row.figures} for row in result.rows
-                    },
-                }
-                for result in results
-            ],
-            "broken_floors": broken_floors(results),
-        },
-        indent=1,
-        allow_nan=False,
-    )
+    return {
+        "machine": dict(machine),
+        "settings": dict(settings),
+        "cells": [
+            {
+                "name": result.cell,
+                "group": result.group,
+                "meaning": result.meaning,
+                "loop": result.loop,
+                "contenders": {
+                    row.contender: {figure.name: _figure(figure) for figure in row.figures} for row in result.rows
+                },
+                "courses": {
+                    row.contender: [asdict(moment) for moment in row.course] for row in result.rows if row.course
+                },
+            }
+            for result in results
+        ],
+        "broken_floors": broken_floors(results),
+    }
 
 
-def _figure(figure: Figure) -> dict[str, object]:
+def as_json(report: Report) -> str:
+    """Return `report` as one JSON object."""
+    return json.dumps(report, indent=1, allow_nan=False)
+
+
+def _figure(figure: Figure) -> FigureReport:
     low, high = quartiles(figure.values)
     return {
         "median": figure.median,
@@ -113,6 +153,7 @@ def _figure(figure: Figure) -> dict[str, object]:
         "max": max(figure.values),
         "at_least": figure.at_least,
         "at_most": figure.at_most,
+        "better": figure.better,
         "holds": figure.holds,
         "rounds": list(figure.values),
     }

@@ -13,11 +13,12 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 
 import asyncpool_creds
-from asyncpool_creds import Credential, TokenManager
+from asyncpool_creds import Credential, CredentialPool, TokenManager
 from asyncpool_creds.testing.postgres import PostgresServer
-from benchmarks.figures import Figure, Metrics, Round, Row, percentile, ratios, series
+from benchmarks.figures import Figure, Metrics, Round, Row, moments, percentile, ratios, series
 from benchmarks.pools import OURS, AnyPool, hour_long
-from benchmarks.rounds import Cell, Conditions, Measurement, play
+from benchmarks.rounds import Cell, Conditions, play
+from benchmarks.tls_front import secured
 
 __all__ = ["CELLS"]
 
@@ -30,6 +31,10 @@ _WARM_UP: Final = 0.3
 _WINDOW: Final = 1.0
 # A pool that has not replaced its connections by then is not going to.
 _PATIENCE: Final = 30.0
+# Seconds of a course that are taken together.
+_STRETCH: Final = 0.05
+# p99 in the second after a rotation, against what it was before.
+_FLOOR: Final = 1.3
 
 _NONE: Final = "asyncpg, keeping its connections"
 _EXPIRE: Final = "asyncpg, expire_connections()"
@@ -81,21 +86,26 @@ class _Strategy:
         acquire: Acquires a connection.
         release: Gives it back.
         rotate: Changes the password, and tells the pool if it has to be told.
+        waited: How many acquires have waited for a connect so far; None: nobody counts them.
     """
 
     acquire: Callable[[], Awaitable[AnyProxy]]
     release: Callable[[AnyProxy], Awaitable[None]]
     rotate: Callable[[], Awaitable[object]]
+    waited: Callable[[], int] | None = None
 
 
-_Open: TypeAlias = Callable[[PostgresServer, _Password, _Opened], AbstractAsyncContextManager[_Strategy]]
+_Open: TypeAlias = Callable[[str, _Password, _Opened], AbstractAsyncContextManager[_Strategy]]
+"""Opens a pool by its DSN."""
+_Way: TypeAlias = Callable[[PostgresServer], AbstractAsyncContextManager[str]]
+"""Opens a way to the server, and gives the DSN of it."""
 
 
 @asynccontextmanager
-async def _asyncpg_pool(server: PostgresServer, password: _Password, opened: _Opened) -> AsyncGenerator[AnyPool]:
+async def _asyncpg_pool(dsn: str, password: _Password, opened: _Opened) -> AsyncGenerator[AnyPool]:
     await password.change()
     async with asyncpg.create_pool(
-        server.dsn(user=_ROLE),
+        dsn,
         password=lambda: password.value,
         min_size=_CONNECTIONS,
         max_size=_CONNECTIONS,
@@ -105,14 +115,14 @@ async def _asyncpg_pool(server: PostgresServer, password: _Password, opened: _Op
 
 
 @asynccontextmanager
-async def _none(server: PostgresServer, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
-    async with _asyncpg_pool(server, password, opened) as pool:
+async def _none(dsn: str, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
+    async with _asyncpg_pool(dsn, password, opened) as pool:
         yield _Strategy(pool.acquire, pool.release, password.change)
 
 
 @asynccontextmanager
-async def _expire(server: PostgresServer, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
-    async with _asyncpg_pool(server, password, opened) as pool:
+async def _expire(dsn: str, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
+    async with _asyncpg_pool(dsn, password, opened) as pool:
 
         async def rotate() -> None:
             await password.change()
@@ -122,8 +132,8 @@ async def _expire(server: PostgresServer, password: _Password, opened: _Opened) 
 
 
 @asynccontextmanager
-async def _naive(server: PostgresServer, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
-    async with _asyncpg_pool(server, password, opened) as pool:
+async def _naive(dsn: str, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
+    async with _asyncpg_pool(dsn, password, opened) as pool:
 
         async def acquire() -> AnyProxy:
             while True:
@@ -137,13 +147,13 @@ async def _naive(server: PostgresServer, password: _Password, opened: _Opened) -
 
 
 @asynccontextmanager
-async def _ours(server: PostgresServer, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
+async def _ours(dsn: str, password: _Password, opened: _Opened) -> AsyncGenerator[_Strategy]:
     async def fetch() -> Credential:
         return hour_long(await password.change())
 
     async with TokenManager(fetch) as manager:
-        pool: AnyPool = asyncpool_creds.create_pool(
-            server.dsn(user=_ROLE),
+        pool: CredentialPool[asyncpg.Record] = asyncpool_creds.create_pool(
+            dsn,
             credentials=manager,
             # Replace at once and not over the last minutes of the token: all of the work falls into the window.
             retire_when="rotated",
@@ -152,34 +162,56 @@ async def _ours(server: PostgresServer, password: _Password, opened: _Opened) ->
             init=opened.init,
         )
         async with pool:
-            yield _Strategy(pool.acquire, pool.release, manager.refresh)
+            yield _Strategy(pool.acquire, pool.release, manager.refresh, lambda: pool.stats().waits)
 
 
 _CONTENDERS: Final[Mapping[str, _Open]] = {_NONE: _none, OURS: _ours, _EXPIRE: _expire, _NAIVE: _naive}
 
 
-def _contest(
-    open_pool: _Open, server: PostgresServer, administrator: AnyConnection, steady: float, *, replaces: bool
-) -> Measurement:
-    async def measure() -> Metrics:
-        password = _Password(administrator)
+class _Contest:
+    """One contender, rotation after rotation, and what callers felt around all of them.
+
+    Args:
+        open_pool: Opens its pool.
+        dsn: Where.
+        administrator: Changes the password.
+        steady: Seconds before a rotation.
+        replaces: Whether connections are replaced at all.
+    """
+
+    def __init__(
+        self, open_pool: _Open, dsn: str, administrator: AnyConnection, steady: float, *, replaces: bool
+    ) -> None:
+        self._open_pool = open_pool
+        self._dsn = dsn
+        self._administrator = administrator
+        self._steady = steady
+        self._replaces = replaces
+        self.around: list[tuple[float, float]] = []
+
+    async def measure(self) -> Metrics:
+        """Rotate once."""
+        password = _Password(self._administrator)
         opened = _Opened(password)
-        async with open_pool(server, password, opened) as strategy:
+        async with self._open_pool(self._dsn, password, opened) as strategy:
             waits: list[tuple[float, float]] = []
             tasks = [asyncio.create_task(_work(strategy, waits), name=f"worker {n}") for n in range(_WORKERS)]
             try:
                 await asyncio.sleep(_WARM_UP)
                 began = time.perf_counter()
-                await asyncio.sleep(steady)
+                await asyncio.sleep(self._steady)
+                waited = 0 if strategy.waited is None else strategy.waited()
                 rotation = time.perf_counter()
                 await strategy.rotate()
                 await asyncio.sleep(max(0.0, rotation + _WINDOW - time.perf_counter()))
-                replaced = await _until_replaced(opened, rotation) if replaces else rotation + _WINDOW
+                replaced = await _until_replaced(opened, rotation) if self._replaces else rotation + _WINDOW
+                waited = 0 if strategy.waited is None else strategy.waited() - waited
             finally:
                 for task in tasks:
                     task.cancel()
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             failed = [outcome for outcome in outcomes if not isinstance(outcome, asyncio.CancelledError)]
+        self.around += [(start - rotation, end - start) for start, end in waits if start >= began]
         return {
             **_latency("steady", [end - start for start, end in waits if began <= start and end < rotation]),
             **_latency(
@@ -187,10 +219,9 @@ def _contest(
             ),
             **_latency("replacing", [end - start for start, end in waits if end >= rotation and start < replaced]),
             "replaced": replaced - rotation,
+            "waited": waited,
             "failed": len(failed),
         }
-
-    return measure
 
 
 async def _work(strategy: _Strategy, waits: list[tuple[float, float]]) -> None:
@@ -229,46 +260,64 @@ def _latency(name: str, waits: list[float]) -> dict[str, float]:
     }
 
 
-async def _measure(conditions: Conditions) -> tuple[Row, ...]:
+async def _measure(conditions: Conditions, way: _Way) -> tuple[Row, ...]:
     server, effort = conditions.server, conditions.effort
     await server.create_role(_ROLE)
     administrator: asyncpg.Connection[Any] = await asyncpg.connect(server.dsn())
     try:
-        contenders = {
-            name: _contest(open_pool, server, administrator, effort.steady, replaces=name != _NONE)
-            for name, open_pool in _CONTENDERS.items()
-        }
-        rounds = await play(contenders, effort.rotations, conditions)
+        async with way(server) as dsn:
+            contests = {
+                name: _Contest(open_pool, dsn, administrator, effort.steady, replaces=name != _NONE)
+                for name, open_pool in _CONTENDERS.items()
+            }
+            turns = {name: contest.measure for name, contest in contests.items()}
+            rounds = await play(turns, effort.rotations, conditions)
     finally:
         await administrator.close()
-    return tuple(_row(rounds, name) for name in _CONTENDERS)
+    return tuple(
+        Row(name, _figures(rounds, name), moments(contest.around, _STRETCH)) for name, contest in contests.items()
+    )
 
 
-def _row(rounds: list[Round], name: str) -> Row:
+def _figures(rounds: list[Round], name: str) -> tuple[Figure, ...]:
     figures = [
         Figure(f"{when} {what} ms", series(rounds, name, f"{when} {what}", 1e3))
         for when in ("steady", "rotating")
         for what in ("p50", "p99", "max")
     ]
     against_steady = tuple(one[name]["rotating p99"] / one[name]["steady p99"] for one in rounds)
-    figures.append(Figure("p99, own steady = 1", against_steady))
+    floor = _FLOOR if name == OURS else None
+    figures.append(Figure("p99, own steady = 1", against_steady, at_most=floor, better="lower"))
     if name != _NONE:
-        figures.append(Figure("p99, asyncpg untouched = 1", ratios(rounds, name, _NONE, "rotating p99")))
+        against_untouched = ratios(rounds, name, _NONE, "rotating p99")
+        figures.append(Figure("p99, asyncpg untouched = 1", against_untouched, better="lower"))
         figures.append(Figure("ms until all are replaced", series(rounds, name, "replaced", 1e3)))
         figures.append(Figure("p99 until then ms", series(rounds, name, "replacing p99", 1e3)))
+    if name == OURS:
+        figures.append(Figure("acquires that waited for a connect", series(rounds, name, "waited"), at_most=0))
     figures.append(Figure("failed workers", series(rounds, name, "failed"), at_most=0 if name == OURS else None))
-    return Row(name, tuple(figures))
+    return tuple(figures)
 
 
-CELLS: Final = (
-    Cell(
-        name="rotation",
+@asynccontextmanager
+async def _in_the_clear(server: PostgresServer) -> AsyncGenerator[str]:
+    yield server.dsn(user=_ROLE)
+
+
+def _cell(name: str, how: str, way: _Way) -> Cell:
+    return Cell(
+        name=name,
         group="rotation",
         meaning=(
-            f"{_WORKERS} workers on {_CONNECTIONS} connections, SCRAM, the role's password changed by ALTER ROLE: "
+            f"{_WORKERS} workers on {_CONNECTIONS} connections, {how}, the role's password changed by ALTER ROLE: "
             "time to acquire before, and in the second from then on"
         ),
         rounds=lambda effort: effort.rotations,
-        measure=_measure,
-    ),
+        measure=lambda conditions: _measure(conditions, way),
+    )
+
+
+CELLS: Final = (
+    _cell("rotation", "SCRAM", _in_the_clear),
+    _cell("rotation-tls", "SCRAM under TLS with verify-full", lambda server: secured(server, _ROLE)),
 )

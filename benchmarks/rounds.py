@@ -34,7 +34,7 @@ class Effort:
     """
 
     blocks: int = 10
-    rounds: int = 16
+    rounds: int = 10
     slice: float = 0.02
     herds: int = 15
     rotations: int = 5
@@ -75,6 +75,7 @@ class Cell:
         meaning: What it measures, in a sentence.
         rounds: How many ticks it makes.
         measure: Measures it.
+        requires: Distributions that it cannot do without.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Cell:
     meaning: str
     rounds: Callable[[Effort], int]
     measure: Callable[[Conditions], Coroutine[Any, Any, tuple[Row, ...]]]
+    requires: tuple[str, ...] = ()
 
 
 async def play(contenders: Mapping[str, Measurement], rounds: int, conditions: Conditions) -> list[Round]:

@@ -1,0 +1,153 @@
+"""Two pictures of a run: throughput by concurrency, and latency through a rotation; each as PNG and as SVG."""
+
+# matplotlib's arguments and results are only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from benchmarks.pools import CONTROL, OURS, PLAIN, UNRESET, WAITING
+from benchmarks.report import CellReport, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+__all__ = ["draw"]
+
+_RATIO: Final = "throughput, asyncpg = 1"
+_OURS: Final = {OURS: "#0b6e4f", WAITING: "#3bb273", UNRESET: "#7fd1ae"}
+_OTHERS: Final = ("#8c564b", "#d62728", "#ff9896", "#1f77b4", "#aec7e8", "#9467bd", "#e377c2")
+_SHARES: Final = (("p50", "#9ecae1"), ("p99", "#3182bd"), ("longest", "#de2d26"))
+
+
+def draw(report: Report, directory: Path) -> list[Path]:
+    """Draw what `report` has figures for, and return the files.
+
+    Needs matplotlib, which is imported here and nowhere else.
+    """
+    drawn: list[Path] = []
+    throughput = [cell for cell in report["cells"] if cell["group"] == "throughput"]
+    tasks: dict[str, set[int]] = {}
+    for cell in throughput:
+        operation, number = _operation(cell)
+        tasks.setdefault(operation, set()).add(number)
+    # One point is no curve.
+    if operations := [operation for operation, numbers in tasks.items() if len(numbers) > 1]:
+        drawn += _save(_throughput(throughput, operations), directory / "throughput")
+    courses = [cell for cell in report["cells"] if cell["courses"]]
+    for name in dict.fromkeys(cell["name"] for cell in courses):
+        drawn += _save(_course([cell for cell in courses if cell["name"] == name]), directory / name)
+    return drawn
+
+
+def _canvas(rows: int, columns: int, height: float, **sharing: Any) -> tuple[Canvas, Sequence[Sequence[Axes]]]:
+    # A figure of its own, and no window or state of pyplot's.
+    from matplotlib.figure import Figure as Canvas  # noqa: PLC0415 - not everybody draws
+
+    canvas = Canvas(figsize=(12, height * rows), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False, **sharing)
+    return canvas, cast("Sequence[Sequence[Axes]]", axes)
+
+
+def _save(canvas: Canvas, path: Path) -> list[Path]:
+    from matplotlib import rc_context  # noqa: PLC0415
+
+    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    # The same figures make the same files, on any day.
+    with rc_context({"svg.hashsalt": path.name}):
+        canvas.savefig(files[0], dpi=120)
+        canvas.savefig(files[1], metadata={"Date": None})
+    return files
+
+
+# Throughput by concurrency
+
+
+def _operation(cell: CellReport) -> tuple[str, int]:
+    name, _, tasks = cell["name"].rpartition("-")
+    return name, int(tasks)
+
+
+def _throughput(cells: Sequence[CellReport], operations: Sequence[str]) -> Canvas:
+    loops = list(dict.fromkeys(cell["loop"] for cell in cells))
+    names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"] if name not in (PLAIN, CONTROL)))
+    colours = _colours(names)
+    canvas, axes = _canvas(len(operations), len(loops), 4.2, sharey="row")
+    for row, operation in zip(axes, operations, strict=True):
+        for axis, loop in zip(row, loops, strict=True):
+            here = [cell for cell in cells if cell["loop"] == loop and _operation(cell)[0] == operation]
+            _throughput_of(axis, here, colours)
+            axis.set_title(f"{operation}, {loop}")
+    axes[0][0].figure.legend(*_legend(axes), loc="outside lower center", ncols=4)
+    return canvas
+
+
+def _throughput_of(axis: Axes, cells: Sequence[CellReport], colours: Mapping[str, str]) -> None:
+    cells = sorted(cells, key=_operation)
+    places = {_operation(cell)[1]: place for place, cell in enumerate(cells)}
+    for name, colour in colours.items():
+        points = [
+            (places[_operation(cell)[1]], cell["contenders"][name][_RATIO])
+            for cell in cells
+            if name in cell["contenders"]
+        ]
+        if points:
+            medians = [figure["median"] for _, figure in points]
+            spread = [
+                [figure["median"] - figure["quartiles"][0] for _, figure in points],
+                [figure["quartiles"][1] - figure["median"] for _, figure in points],
+            ]
+            width = 2.2 if name in _OURS else 1.1
+            axis.errorbar(
+                [place for place, _ in points], medians, yerr=spread, label=name, color=colour, lw=width, capsize=3,
+                marker="o", ms=4,
+            )  # fmt: skip
+    axis.axhline(1.0, color="black", lw=0.8, ls=":", label=PLAIN)
+    axis.set_xticks(list(places.values()), [str(tasks) for tasks in places])
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tasks")
+    axis.set_ylabel(_RATIO)
+    axis.grid(visible=True, axis="y", alpha=0.3)
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    others = [name for name in names if name not in _OURS]
+    colours = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(others)}
+    return {name: _OURS.get(name) or colours[name] for name in names}
+
+
+def _legend(axes: Sequence[Sequence[Axes]]) -> tuple[list[Any], list[str]]:
+    """Return handles and labels, each once."""
+    found: dict[str, Any] = {}
+    for axis in (axis for row in axes for axis in row):
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+# Latency through a rotation
+
+
+def _course(cells: Sequence[CellReport]) -> Canvas:
+    names = list(dict.fromkeys(name for cell in cells for name in cell["courses"]))
+    canvas, axes = _canvas(len(cells), len(names), 3.2, sharex=True, sharey=True)
+    for row, cell in zip(axes, cells, strict=True):
+        for axis, name in zip(row, names, strict=True):
+            moments = cell["courses"][name]
+            for share, colour in _SHARES:
+                heights = [moment[share] for moment in moments]
+                axis.plot([moment["at"] for moment in moments], heights, color=colour, label=share)
+            axis.axvline(0.0, color="black", lw=0.8, ls=":")
+            axis.set_yscale("log")
+            axis.grid(visible=True, axis="y", alpha=0.3)
+            axis.set_title(name, fontsize="medium")
+        row[0].set_ylabel(f"{cell['loop']}: acquire, ms")
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds from the rotation")
+    canvas.legend(*_legend(axes), loc="outside lower center", ncols=len(_SHARES))
+    canvas.suptitle(cells[0]["meaning"].partition(":")[0])
+    return canvas
