@@ -137,7 +137,7 @@ print("{extra}:", *found)
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Against plain asyncpg in the same run; ``nox -s benchmarks -- --quick`` for a first look."""
-    session.install("--group", "test", "-e", ".")
+    session.install("--group", "benchmarks", "-e", ".")
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 

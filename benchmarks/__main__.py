@@ -133,7 +133,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         type=_cells_called,
         metavar="NAME",
-        help=f"a cell, or all whose names begin like that; may be repeated: {', '.join(cell.name for cell in _CELLS)}",
+        help=f"a cell, or else all whose names begin so; may be repeated: {', '.join(cell.name for cell in _CELLS)}",
     )
     parser.add_argument("--loop", choices=(*_LOOPS, "both"), default="both", help="the event loop; default: both")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, single rounds included")
@@ -152,7 +152,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _cells_called(name: str) -> tuple[Cell, ...]:
-    cells = tuple(cell for cell in _CELLS if cell.name == name or cell.name.startswith(f"{name}-"))
+    exactly = tuple(cell for cell in _CELLS if cell.name == name)
+    cells = exactly or tuple(cell for cell in _CELLS if cell.name.startswith(f"{name}-"))
     if not cells:
         raise argparse.ArgumentTypeError(f"no cell is called {name!r}; there are {', '.join(c.name for c in _CELLS)}")
     return cells

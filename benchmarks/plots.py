@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from benchmarks.pools import CONTROL, OURS, PLAIN, UNRESET, WAITING
+from benchmarks.peers import HELD, HELD_UNRESET, PSYCOPG, PSYCOPG_RESET, SQLALCHEMY
+from benchmarks.pools import OURS, PLAIN, UNRESET, WAITING
 from benchmarks.report import CellReport, Report
 
 if TYPE_CHECKING:
@@ -20,7 +21,15 @@ __all__ = ["draw"]
 
 _RATIO: Final = "throughput, asyncpg = 1"
 _OURS: Final = {OURS: "#0b6e4f", WAITING: "#3bb273", UNRESET: "#7fd1ae"}
-_OTHERS: Final = ("#8c564b", "#d62728", "#ff9896", "#1f77b4", "#aec7e8", "#9467bd", "#e377c2")
+_COLOURS: Final = {
+    **_OURS,
+    HELD: "#444444",
+    HELD_UNRESET: "#aaaaaa",
+    PSYCOPG: "#1f77b4",
+    PSYCOPG_RESET: "#9ecae1",
+    SQLALCHEMY: "#d95f0e",
+}
+_TICKS: Final = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 _SHARES: Final = (("p50", "#9ecae1"), ("p99", "#3182bd"), ("longest", "#de2d26"))
 
 
@@ -74,22 +83,20 @@ def _operation(cell: CellReport) -> tuple[str, int]:
 
 def _throughput(cells: Sequence[CellReport], operations: Sequence[str]) -> Canvas:
     loops = list(dict.fromkeys(cell["loop"] for cell in cells))
-    names = list(dict.fromkeys(name for cell in cells for name in cell["contenders"] if name not in (PLAIN, CONTROL)))
-    colours = _colours(names)
     canvas, axes = _canvas(len(operations), len(loops), 4.2, sharey="row")
     for row, operation in zip(axes, operations, strict=True):
         for axis, loop in zip(row, loops, strict=True):
             here = [cell for cell in cells if cell["loop"] == loop and _operation(cell)[0] == operation]
-            _throughput_of(axis, here, colours)
+            _throughput_of(axis, here)
             axis.set_title(f"{operation}, {loop}")
-    axes[0][0].figure.legend(*_legend(axes), loc="outside lower center", ncols=4)
+    canvas.legend(*_legend(axes), loc="outside lower center", ncols=4)
     return canvas
 
 
-def _throughput_of(axis: Axes, cells: Sequence[CellReport], colours: Mapping[str, str]) -> None:
+def _throughput_of(axis: Axes, cells: Sequence[CellReport]) -> None:
     cells = sorted(cells, key=_operation)
     places = {_operation(cell)[1]: place for place, cell in enumerate(cells)}
-    for name, colour in colours.items():
+    for name, colour in _COLOURS.items():
         points = [
             (places[_operation(cell)[1]], cell["contenders"][name][_RATIO])
             for cell in cells
@@ -102,22 +109,16 @@ def _throughput_of(axis: Axes, cells: Sequence[CellReport], colours: Mapping[str
                 [figure["quartiles"][1] - figure["median"] for _, figure in points],
             ]
             width = 2.2 if name in _OURS else 1.1
-            axis.errorbar(
-                [place for place, _ in points], medians, yerr=spread, label=name, color=colour, lw=width, capsize=3,
-                marker="o", ms=4,
-            )  # fmt: skip
+            here = [place for place, _ in points]
+            axis.errorbar(here, medians, yerr=spread, label=name, color=colour, lw=width, capsize=3, marker="o", ms=4)
     axis.axhline(1.0, color="black", lw=0.8, ls=":", label=PLAIN)
     axis.set_xticks(list(places.values()), [str(tasks) for tasks in places])
-    axis.set_ylim(bottom=0)
+    axis.set_yscale("log")
+    axis.minorticks_off()
+    axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axis.set_xlabel("tasks")
     axis.set_ylabel(_RATIO)
     axis.grid(visible=True, axis="y", alpha=0.3)
-
-
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    others = [name for name in names if name not in _OURS]
-    colours = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(others)}
-    return {name: _OURS.get(name) or colours[name] for name in names}
 
 
 def _legend(axes: Sequence[Sequence[Axes]]) -> tuple[list[Any], list[str]]:

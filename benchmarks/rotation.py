@@ -211,7 +211,12 @@ class _Contest:
                     task.cancel()
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             failed = [outcome for outcome in outcomes if not isinstance(outcome, asyncio.CancelledError)]
-        self.around += [(start - rotation, end - start) for start, end in waits if start >= began]
+        until = max(replaced, rotation + _WINDOW)
+        self.around += [
+            (start - rotation, end - start)
+            for start, end in waits
+            if -self._steady <= start - rotation and start < until
+        ]
         return {
             **_latency("steady", [end - start for start, end in waits if began <= start and end < rotation]),
             **_latency(

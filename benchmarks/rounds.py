@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from asyncpool_creds.testing.postgres import PostgresServer
 from benchmarks.figures import Metrics, Round, Row
 
-__all__ = ["Cell", "Conditions", "Effort", "Measurement", "play", "timed"]
+__all__ = ["Cell", "Conditions", "Effort", "Measurement", "play", "repeated", "timed"]
 
 Measurement: TypeAlias = Callable[[], Awaitable[Metrics]]
 
@@ -34,7 +34,7 @@ class Effort:
     """
 
     blocks: int = 10
-    rounds: int = 10
+    rounds: int = 8
     slice: float = 0.02
     herds: int = 15
     rotations: int = 5
@@ -110,3 +110,17 @@ async def timed(work: Callable[[], Awaitable[None]]) -> tuple[float, float]:
         return time.perf_counter() - wall, time.process_time() - cpu
     finally:
         gc.enable()
+
+
+def repeated(function: Callable[[], Awaitable[object]], times: int) -> Measurement:
+    """Return what measures the wall time and the CPU time of one call, out of so many in a row."""
+
+    async def work() -> None:
+        for _ in range(times):
+            await function()
+
+    async def measure() -> Metrics:
+        wall, cpu = await timed(work)
+        return {"wall": wall / times, "cpu": cpu / times}
+
+    return measure

@@ -28,7 +28,7 @@ _THROUGHPUT: Final = 1.0
 
 
 def _rounds(effort: Effort) -> int:
-    return max(effort.blocks, 3)
+    return effort.blocks
 
 
 def _turn(worker: _Worker) -> Measurement:

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol, TypeAlias, cast
 
 from asyncpool_creds import TokenManager
-from benchmarks.figures import Figure, Metrics, Round, Row, ratios, series
-from benchmarks.rounds import Cell, Conditions, Measurement, play, timed
+from benchmarks.figures import Figure, Round, Row, ratios, series
+from benchmarks.rounds import Cell, Conditions, play, repeated
 
 __all__ = ["CELLS"]
 
@@ -37,18 +37,6 @@ _CLOUD_SQL_CONNECTOR: Final = "Cloud SQL connector, fresh"
 _FLOOR: Final = 1.0
 
 
-def _calls(function: Callable[[], Awaitable[object]], calls: int) -> Measurement:
-    async def work() -> None:
-        for _ in range(calls):
-            await function()
-
-    async def measure() -> Metrics:
-        wall, cpu = await timed(work)
-        return {"wall": wall / calls, "cpu": cpu / calls}
-
-    return measure
-
-
 async def _measure(conditions: Conditions) -> tuple[Row, ...]:
     from asyncpool_creds.providers.aws import RDSIAM, AuroraDSQL  # noqa: PLC0415 - what the cell requires
 
@@ -65,11 +53,11 @@ async def _measure(conditions: Conditions) -> tuple[Row, ...]:
                     return await information.create_ssl_context(enable_iam_auth=True)
 
                 contenders = {
-                    _GET: _calls(manager.get, 2_000),
-                    _DSQL: _calls(dsql.fetch, 20),
-                    _RDS: _calls(rds.fetch, 20),
-                    _DSQL_CONNECTOR: _calls(_connector_of_dsql(), 1),
-                    _CLOUD_SQL_CONNECTOR: _calls(connector_of_cloud_sql, 2_000),
+                    _GET: repeated(manager.get, 2_000),
+                    _DSQL: repeated(dsql.fetch, 20),
+                    _RDS: repeated(rds.fetch, 20),
+                    _DSQL_CONNECTOR: repeated(_connector_of_dsql(), 1),
+                    _CLOUD_SQL_CONNECTOR: repeated(connector_of_cloud_sql, 2_000),
                 }
                 for measurement in contenders.values():
                     await measurement()  # finds the keys, reads the files

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import figures, report
+from benchmarks import compare, figures, report
 from benchmarks.figures import Figure, Result, Row
 from benchmarks.rounds import Effort
 
@@ -49,6 +49,13 @@ def test_a_percentile_of_nothing_is_an_error():
         figures.percentile([], 0.5)
 
 
+def test_durations_are_taken_together_by_when_they_began():
+    first, second = figures.moments([(-0.04, 0.001), (0.01, 0.004), (0.02, 0.002), (0.049, 0.003)], width=0.05)
+
+    assert (first.at, first.p50, first.p99, first.longest) == (-0.025, 1.0, 1.0, 1.0)
+    assert (second.at, second.p50, second.p99, second.longest) == (0.025, 3.0, 4.0, 4.0)
+
+
 def test_quartiles_of_a_single_round_are_that_round():
     assert figures.quartiles([7.0]) == (7.0, 7.0)
     assert figures.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
@@ -68,9 +75,9 @@ def test_a_broken_floor_is_named_with_cell_loop_figure_value_and_demand():
 
 
 def test_json_holds_every_round_and_the_verdict():
-    result = _result(Figure("ratio", (1.0, 0.5, 0.9), at_least=0.97))
+    result = _result(Figure("ratio", (1.0, 0.5, 0.9), at_least=0.97, better="higher"))
 
-    parsed = json.loads(report.as_json({"cpu": "x"}, {"seed": 1}, [result]))
+    parsed = json.loads(report.as_json(report.assemble({"cpu": "x"}, {"seed": 1}, [result])))
 
     assert parsed["cells"][0]["contenders"]["ours"]["ratio"] == {
         "median": 0.9,
@@ -79,6 +86,7 @@ def test_json_holds_every_round_and_the_verdict():
         "max": 1.0,
         "at_least": 0.97,
         "at_most": None,
+        "better": "higher",
         "holds": False,
         "rounds": [1.0, 0.5, 0.9],
     }
@@ -102,3 +110,99 @@ def test_a_number_of_rounds_holds_for_every_cell(rounds):
 
     assert rounds <= effort.blocks * effort.rounds < rounds + effort.blocks
     assert {effort.herds, effort.rotations, effort.bursts} == {rounds}
+
+
+# Two runs
+
+
+def _run(*values, better="higher", cell="cell", machine=None, effort=None):
+    result = Result(
+        cell=cell,
+        group="group",
+        meaning="what it is",
+        loop="asyncio",
+        rows=(Row("ours", (Figure("ratio", values, better=better), Figure("ms", (7.0,)))),),
+    )
+    return report.assemble(machine or {"cpu": "x", "cores": 2}, {"effort": effort or {"rounds": 3}}, [result])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "better", "regression"),
+    [
+        ((2.0, 2.0, 2.0), (1.7, 1.7, 1.7), "higher", True),
+        ((2.0, 2.0, 2.0), (1.9, 1.9, 1.9), "higher", False),
+        ((2.0, 2.0, 2.0), (4.0, 4.0, 4.0), "higher", False),
+        ((1.0, 1.0, 1.0), (1.2, 1.2, 1.2), "lower", True),
+        ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), "lower", False),
+        # As much worse as the first, and it may be chance.
+        ((2.0, 1.5, 2.5), (1.7, 1.2, 2.2), "higher", False),
+    ],
+)
+def test_what_got_worse_by_more_than_the_tolerance_and_the_noise_is_a_regression(before, after, better, regression):
+    (change,) = compare.changes(_run(*before, better=better), _run(*after, better=better))
+
+    assert change.place == ("cell", "asyncio", "ours", "ratio")
+    assert change.is_regression(tolerance=0.1) is regression
+
+
+def test_more_rounds_make_less_noise():
+    few, many = [0.9, 1.0, 1.1], [0.9, 1.0, 1.1] * 20
+
+    (of_few,) = compare.changes(_run(*few), _run(*few))
+    (of_many,) = compare.changes(_run(*many), _run(*many))
+
+    assert 0 < of_many.noise < of_few.noise / 2
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        (_run(1.0, machine={"cpu": "y", "cores": 2}), "different machines: cpu is 'x' before and 'y' after"),
+        (_run(1.0, machine={"cpu": "x", "cores": 4}), "different machines: cores is 2 before and 4 after"),
+        (_run(1.0, effort={"rounds": 9}), "different effort"),
+        (_run(1.0, cell="another"), "no ratio in common"),
+    ],
+)
+def test_runs_that_have_nothing_to_do_with_each_other_are_not_compared(other, complaint):
+    with pytest.raises(compare.IncomparableError, match=complaint):
+        compare.changes(_run(1.0), other)
+
+
+def _stored(path, run):
+    path.write_text(report.as_json(run))
+    return str(path)
+
+
+def test_the_command_names_what_got_worse_and_exits_with_1(tmp_path, capsys):
+    before = _stored(tmp_path / "before.json", _run(2.0, 2.0))
+    after = _stored(tmp_path / "after.json", _run(1.0, 1.0, machine={"cpu": "x", "cores": 2, "asyncpg": "0.32"}))
+
+    status = compare.main([before, after])
+
+    shown = capsys.readouterr().out
+    assert status == 1
+    assert "+100.0%" in shown
+    assert "1 of 1 ratios got worse" in shown
+    assert "asyncpg: None before, 0.32 after" in shown
+    assert compare.main([after, before]) == 0
+    assert compare.main([before, after, "--tolerance", "1.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("not JSON", "cannot be read as JSON"),
+        ("[]", "not written by this suite"),
+        (
+            '{"machine": {}, "settings": {}, "cells": [{"contenders": {"ours": {"ms": {}}}}]}',
+            "which figures",
+        ),
+    ],
+)
+def test_a_file_that_is_no_report_is_refused_with_2(tmp_path, capsys, text, complaint):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    _stored(good, _run(1.0))
+    bad.write_text(text)
+
+    assert compare.main([str(bad), str(good)]) == 2
+    assert complaint in capsys.readouterr().err
