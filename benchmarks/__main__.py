@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         # Wide enough for the widest table where there is no terminal to be seen on.
         console = Console()
-        report.print_tables(console if console.is_terminal else Console(width=240), description, results)
+        report.print_tables(console if console.is_terminal else Console(width=320), description, results)
     if not options.check:
         return 0
     for complaint in figures["broken_floors"]:
