@@ -106,10 +106,11 @@ class _Front:
     async def serve(self) -> None:
         """Listen, say where, and serve until the input ends."""
         loop = asyncio.get_running_loop()
-        async with await loop.create_server(lambda: _Caller(self), _HOST, 0, backlog=1024) as server:
-            sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
-            sys.stdout.flush()
-            await loop.run_in_executor(None, sys.stdin.read)
+        server = await loop.create_server(lambda: _Caller(self), _HOST, 0, backlog=1024)
+        sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+        sys.stdout.flush()
+        # Whoever is still connected then is hung up on: the process ends.
+        await loop.run_in_executor(None, sys.stdin.read)
 
     def welcome(self, caller: _Caller, *, asked_for_tls: bool) -> None:
         """Join `caller` and the server behind, in a task."""
