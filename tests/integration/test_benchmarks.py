@@ -8,8 +8,6 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-import pytest
-
 _ROOT = Path(__file__).parents[2]
 _ASYNCPG_POOLS = {
     "asyncpg",
@@ -21,15 +19,12 @@ _ASYNCPG_POOLS = {
 _PEERS = {"psycopg_pool", "psycopg_pool, asyncpg's reset", "SQLAlchemy on asyncpg"}
 _BY_HAND = {"held by hand", "held by hand, reset"}
 
-needs_reset_off = pytest.mark.xfail(reason="create_pool does not take reset=False yet", strict=True)
-
 
 def _benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", "--loop", "asyncio", "--quick", "--rounds", "1", *arguments]
     return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=100, check=False)
 
 
-@needs_reset_off
 def test_json_is_one_object_on_stdout_with_every_round_of_every_contender():
     run = _benchmarks("--json", "--only", "acquire-1", "--only", "herd", "--only", "get")
 
@@ -53,7 +48,6 @@ def test_a_herd_makes_one_fetch_and_asyncpg_one_for_each_connection():
     assert contenders["asyncpg"]["fetches"]["median"] == 10
 
 
-@needs_reset_off
 def test_throughput_is_measured_against_everybody_who_can_do_the_same_and_drawn(tmp_path):
     run = _benchmarks("--results", str(tmp_path), "--only", "select-1", "--only", "select-50", "--only", "fetchval-1")
 
@@ -67,7 +61,6 @@ def test_throughput_is_measured_against_everybody_who_can_do_the_same_and_drawn(
     assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "throughput.png", "throughput.svg"}
 
 
-@needs_reset_off
 def test_those_who_wait_longest_wait_less_than_at_asyncpgs_pool():
     run = _benchmarks("--json", "--only", "saturation")
 
