@@ -360,6 +360,8 @@ class CredentialPool(_Pool[RecordT]):
             raise
         for holder in self._holders:
             holder.__class__ = Slot
+        for slot in self.slots():
+            slot.restart_idle_timer()
         # Nobody has waited yet.
         self._slot_queue.fill(self.slots())
         self._queue = self._slot_queue

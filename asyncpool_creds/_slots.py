@@ -71,6 +71,54 @@ class Calm:
         self.until_wall: float = -math.inf
 
 
+class IdleTimer:
+    """The inactivity timer of a slot.
+
+    asyncpg's is set and cancelled with every use of a connection, which is much of what a release costs. This one is
+    set once, and sees when its time is up whether the connection has been used meanwhile.
+
+    Args:
+        loop: The event loop.
+        lifetime: Seconds of rest after which a connection is closed.
+        deactivate: Closes it.
+    """
+
+    __slots__ = ("_deactivate", "_handle", "_lifetime", "_loop", "_since")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, lifetime: float, deactivate: Callable[[], None]) -> None:
+        self._loop = loop
+        self._lifetime = lifetime
+        self._deactivate = deactivate
+        self._handle: asyncio.TimerHandle | None = None
+        self._since: float | None = None
+        self.start()
+
+    def start(self) -> None:
+        """The connection is at rest from now on."""
+        self._since = self._loop.time()
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._lifetime, self._look)
+
+    def pause(self) -> None:
+        """The connection is in use."""
+        self._since = None
+
+    def cancel(self) -> None:
+        """Forget it: what asyncpg calls."""
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _look(self) -> None:
+        self._handle = None
+        if self._since is None:
+            return  # the next start sets it again
+        left = self._since + self._lifetime - self._loop.time()
+        if left > 0:
+            self._handle = self._loop.call_later(left, self._look)
+        else:
+            self._deactivate()
+
+
 class SlotOwner(Protocol):
     """What a slot asks of its pool."""
 
@@ -133,9 +181,10 @@ class Slot(_Holder):
     _setup: Any
     _timeout: float | None
     _max_queries: int
-    _inactive_callback: Any
+    _inactive_callback: IdleTimer | None
+    _max_inactive_time: float
     _maybe_cancel_inactive_callback: Callable[[], None]
-    _setup_inactive_callback: Callable[[], None]
+    _deactivate_inactive_connection: Callable[[], None]
 
     @property
     def connection(self) -> AnyConnection | None:
@@ -185,6 +234,19 @@ class Slot(_Holder):
         self._maybe_cancel_inactive_callback()
         self._setup_inactive_callback()
 
+    def restart_idle_timer(self) -> None:
+        """Put a timer of ours in the place of asyncpg's: to be called once, of a slot that was just made of a holder."""
+        self._maybe_cancel_inactive_callback()
+        if self._con is not None:
+            self._setup_inactive_callback()
+
+    def _setup_inactive_callback(self) -> None:
+        if self._inactive_callback is not None:
+            self._inactive_callback.start()
+        elif self._max_inactive_time:
+            loop: asyncio.AbstractEventLoop = self._pool._loop
+            self._inactive_callback = IdleTimer(loop, self._max_inactive_time, self._deactivate_inactive_connection)
+
     def check_out(self) -> AnyProxy | None:
         """Do what `acquire` does where there is nothing to await, or return None."""
         connection, pool = self._con, self._pool
@@ -201,8 +263,7 @@ class Slot(_Holder):
         ):
             return None
         if self._inactive_callback is not None:
-            self._inactive_callback.cancel()
-            self._inactive_callback = None
+            self._inactive_callback.pause()
         self._proxy = proxy = PoolConnectionProxy(self, connection)
         self._in_use = pool._loop.create_future()
         self._timeout = None
