@@ -29,12 +29,6 @@ __all__ = ["main"]
 
 _OURS: Final = "asyncpool_creds"
 _NAIVE: Final = "naive pool"
-_CONTENDERS: Final[Mapping[str, Contender]] = {
-    _OURS: Ours(DEFAULT_RECONNECTS_PER_SECOND),
-    f"{_OURS}, no jitter": Ours(DEFAULT_RECONNECTS_PER_SECOND, has_jitter=False),
-    f"{_OURS}, no cap": Ours(math.inf),
-    _NAIVE: Naive(),
-}
 _AT_ONCE: Final = Scenario(name="at-once", meaning="all replicas start in the same moment")
 _SPREAD: Final = Scenario(name="spread", meaning="replicas start at random over one lifetime of a token", spread=1.0)
 _OUTAGE: Final = Scenario(
@@ -62,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         retire_when=options.retire_when,
         seed=options.seed,
     )
-    lives = _simulate(fleet)
+    lives = _simulate(fleet, _contenders(options.cap))
     results = [_result(fleet, scenario, lives[scenario], options.floor) for scenario in _SCENARIOS]
     description = machine.describe("modelled")
     if options.json:
-        settings = {**asdict(fleet), "cap": DEFAULT_RECONNECTS_PER_SECOND, "floor": options.floor}
+        settings = {**asdict(fleet), "cap": options.cap, "floor": options.floor}
         sys.stdout.write(report.as_json(description, settings, results) + "\n")
     else:
         console = Console()
@@ -81,11 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def _simulate(fleet: Fleet) -> dict[Scenario, dict[str, Life]]:
+def _contenders(cap: float) -> dict[str, Contender]:
+    return {
+        _OURS: Ours(cap),
+        f"{_OURS}, no jitter": Ours(cap, has_jitter=False),
+        f"{_OURS}, no cap": Ours(math.inf),
+        _NAIVE: Naive(),
+    }
+
+
+def _simulate(fleet: Fleet, contenders: Mapping[str, Contender]) -> dict[Scenario, dict[str, Life]]:
     lives: dict[Scenario, dict[str, Life]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        total = len(_CONTENDERS) * sum(scenario.duration(fleet) for scenario in _SCENARIOS)
+        total = len(contenders) * sum(scenario.duration(fleet) for scenario in _SCENARIOS)
         task = progress.add_task("", total=total)
 
         def tick(seconds: float) -> None:
@@ -93,7 +96,7 @@ def _simulate(fleet: Fleet) -> dict[Scenario, dict[str, Life]]:
 
         for scenario in _SCENARIOS:
             lives[scenario] = {}
-            for name, contender in _CONTENDERS.items():
+            for name, contender in contenders.items():
                 progress.update(task, description=f"{scenario.name}: {name}")
                 lives[scenario][name] = live(fleet, scenario, contender, tick)
     return lives
@@ -155,6 +158,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("expired", "rotated"),
         default=normal.retire_when,
         help="of our pools; default: %(default)s",
+    )
+    parser.add_argument(
+        "--cap",
+        type=_positive,
+        default=DEFAULT_RECONNECTS_PER_SECOND,
+        metavar="PER_SECOND",
+        help="max_reconnects_per_second of each of our pools; default: %(default)g",
     )
     parser.add_argument("--seed", type=int, default=normal.seed, help="of starts and jitter; default: %(default)s")
     parser.add_argument(
