@@ -55,6 +55,7 @@ def save(fleet: Fleet, lives: Mapping[Scenario, Mapping[str, Life]], directory: 
                 {name: peak(life.source.asked["rotation"]) for name, life in contenders.items()},
             )
             fetches.set_yticks([])
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_COLOURS))
         figure.savefig(paths[0], dpi=150)
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
@@ -71,7 +72,6 @@ def _draw_timeline(axes: Axes, scenario: Scenario, contenders: Mapping[str, Life
     axes.set_title(f"{scenario.name}: {scenario.meaning}", loc="left")
     axes.set_xlabel("seconds since the first start")
     axes.set_ylabel("connects in a second")
-    axes.legend(loc="upper left")
 
 
 def _busiest_seconds(moments: Sequence[float], duration: float) -> tuple[list[float], list[int]]:
@@ -88,5 +88,5 @@ def _draw_peaks(axes: Axes, title: str, peaks: Mapping[str, int]) -> None:
     bars = axes.barh(names, [peaks[name] for name in names], color=_COLOURS[::-1])
     axes.bar_label(bars, labels=[f"{peaks[name]:,}" for name in names], padding=3)
     axes.set_xscale("log")
-    axes.set_xlim(1, max(10, *peaks.values()) * 5)
+    axes.set_xlim(1, max(10, *peaks.values()) * 10)
     axes.set_title(title, loc="left")
