@@ -235,7 +235,7 @@ class Slot(_Holder):
         self._setup_inactive_callback()
 
     def restart_idle_timer(self) -> None:
-        """Put a timer of ours in the place of asyncpg's: to be called once, of a slot that was just made of a holder."""
+        """Put a timer of ours in the place of asyncpg's, in a slot that was a holder until now."""
         self._maybe_cancel_inactive_callback()
         if self._con is not None:
             self._setup_inactive_callback()

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description = machine.describe("modelled")
     if options.json:
         settings = {**asdict(fleet), "cap": options.cap, "floor": options.floor}
-        sys.stdout.write(report.as_json(description, settings, results) + "\n")
+        sys.stdout.write(report.as_json(report.assemble(description, settings, results)) + "\n")
     else:
         console = Console()
         report.print_tables(console if console.is_terminal else Console(width=200), description, results)
@@ -118,11 +118,11 @@ def _figures(
     at_least = {_AT_ONCE: floor, _SPREAD: _FLOOR_SPREAD}.get(scenario) if name == _OURS else None
     return (
         Figure("peak connects/s", (connects,)),
-        Figure("naive's peak, own = 1", (peak(naive.server.asked["rotation"]) / connects,), at_least=at_least),
+        Figure("naive's peak, own = 1", (peak(naive.server.asked["rotation"]) / connects,), at_least, better="higher"),
         Figure("least possible peak = 1", (connects / least,)),
         Figure("slowest connect ms", (life.server.slowest["rotation"] * 1e3,)),
         Figure("peak fetches/s", (fetches,)),
-        Figure("naive's peak fetches, own = 1", (peak(naive.source.asked["rotation"]) / fetches,)),
+        Figure("naive's peak fetches, own = 1", (peak(naive.source.asked["rotation"]) / fetches,), better="higher"),
         Figure("replaced too late", (life.late,), at_most=0 if at_least is not None else None),
         Figure("first fill: peak connects/s", (peak(life.server.asked["first fill"]),)),
         Figure("first fill: peak fetches/s", (peak(life.source.asked["first fill"]),)),

@@ -141,7 +141,7 @@ def _row(rounds: list[Round], name: str, baseline: str) -> Row:
         Figure("ms until all are served", series(rounds, name, "wall", 1e3)),
     ]
     if name != baseline:
-        figures.append(Figure(f"speed, {baseline} = 1", ratios(rounds, baseline, name, "wall")))
+        figures.append(Figure(f"speed, {baseline} = 1", ratios(rounds, baseline, name, "wall"), better="higher"))
     return Row(name, tuple(figures))
 
 
