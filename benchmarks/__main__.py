@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncpool_creds.testing.postgres import PostgresServer
-from benchmarks import herd, machine, manager, plots, report, rotation, saturation, throughput, token_paths
+from benchmarks import herd, machine, manager, plots, report, rotation, saturation, scale, throughput, token_paths
 from benchmarks.figures import Result
 from benchmarks.pools import PASSWORD, ROLE
 from benchmarks.rounds import Cell, Conditions, Effort
@@ -29,6 +29,7 @@ _CELLS: Final[tuple[Cell, ...]] = (
     *rotation.CELLS,
     *manager.CELLS,
     *token_paths.CELLS,
+    *scale.CELLS,
 )
 _QUICK: Final = Effort(blocks=2, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
 # A cell keeps the pools of all its contenders open at once.
