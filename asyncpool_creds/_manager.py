@@ -21,6 +21,7 @@ from typing import Final, Literal, Self
 import anyio
 
 from asyncpool_creds import _fork, _policy
+from asyncpool_creds._alarm import Alarm
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialExpired, ManagerClosed, ProviderError, ProviderTimeout
@@ -53,11 +54,11 @@ __all__ = ["ManagerStats", "Stamp", "TokenManager"]
 with contextlib.suppress(ImportError):
     importlib.import_module("anyio._backends._asyncio")
 
-# The timer runs on the monotonic clock, which stands still in a suspended process and does
-# not see the wall clock being stepped; looking up this often notices both.
-_WATCH_INTERVAL: Final = 60.0
-# A rounding error before the moment, a timer that is due at once would come round at once for ever.
+# A credential that was refused is fetched anew on the next call, or so many seconds later if none comes.
+_REFUSED_FOR: Final = 60.0
+# Timers are early by a rounding error, uvloop's by half a millisecond: to wait for the rest would take another one.
 _TIMER_GRAIN: Final = 0.001
+_NEVER: Final = -math.inf
 
 
 class Stamp:
@@ -129,6 +130,10 @@ class Stamp:
     def is_stale(self, clock: Clock) -> bool:
         """Return whether it is time to refresh: it was refused, or its time has come."""
         return self._refused or self._age(clock) >= self._refresh
+
+    def seconds_until_stale(self, clock: Clock) -> float:
+        """Return the seconds until it is time to refresh: not positive once it is, infinity if that never comes."""
+        return 0.0 if self._refused else self._refresh - self._age(clock)
 
     def is_usable(self, clock: Clock) -> bool:
         """Return whether it may be handed out: not refused, and valid for the minimum validity yet."""
@@ -243,19 +248,19 @@ class TokenManager:
 
         self._stamp: Stamp | None = None
         self._failure: _Failure | None = None
-        self._not_before = -math.inf  # the source had nothing newer: no sooner than this again
-        self._answered_at = -math.inf  # when the source last gave a credential, on the monotonic clock
+        self._not_before = _NEVER  # the source had nothing newer: no sooner than this again
+        self._answered_at = _NEVER  # when the source last gave a credential, on the monotonic clock
         self._invalidations = 0
-        self._invalidation_hold = -math.inf
-        self._warned_of: set[str] = set()
+        self._invalidation_hold = _NEVER
+        self._warned_of: tuple[str, ...] = ()
         self._fetches = self._failures = self._rotations = self._generation = 0
 
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flight: asyncio.Task[ProviderError | None] | None = None
         self._fetching: anyio.CancelScope | None = None
-        self._waiters: set[asyncio.Future[ProviderError | None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._revocations: set[asyncio.Task[None]] = set()
+        self._waiters: dict[asyncio.Future[ProviderError | None], None] = {}  # in order of arrival
+        self._alarm: Alarm | None = None
+        self._revocations: tuple[asyncio.Task[None], ...] = ()
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
         let_report(self._provider, self._observers)
@@ -375,6 +380,8 @@ class TokenManager:
         self._invalidations = self._invalidations + 1 if in_a_row else 1
         self._invalidation_hold = now + _policy.invalidation_hold(self._invalidations)
         stamp._refused = True
+        if self._alarm is not None:
+            self._alarm.hurry(_REFUSED_FOR)
         invalidate_at(self._provider, stamp.credential)
         self._emit(
             CredentialInvalidated(
@@ -433,7 +440,7 @@ class TokenManager:
                     raise self._wrong_loop(loop)
                 self._leave_loop()
             self._closed = True
-            self._stop_timer()
+            self._stop_alarm()
             self._wake(None)
             self._closing = loop.create_task(self._shut_down(), name=f"asyncpool_creds: close {self._name}")
         await asyncio.shield(self._closing)
@@ -471,19 +478,20 @@ class TokenManager:
         if self._flight is None:
             self._take_off(loop)
         waiter: asyncio.Future[ProviderError | None] = loop.create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         try:
             return await waiter
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
 
     def _take_off(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._stop_timer()
+        self._stop_alarm()
         # An empty context: the flight serves everyone, so the first caller's trace or request is not its own.
+        context = contextvars.Context()
         self._flight = loop.create_task(
-            self._fly(), name=f"asyncpool_creds: refresh from {self._name}", context=contextvars.Context()
+            self._fly(), name=f"asyncpool_creds: refresh from {self._name}", context=context
         )
-        self._flight.add_done_callback(self._landed)
+        self._flight.add_done_callback(self._landed, context=context)
 
     async def _fly(self) -> ProviderError | None:
         self._fetches += 1
@@ -505,7 +513,7 @@ class TokenManager:
         return None
 
     def _landed(self, flight: asyncio.Task[ProviderError | None]) -> None:
-        self._flight = None
+        self._flight = self._fetching = None
         if self._closed:
             if not flight.cancelled():
                 flight.exception()
@@ -557,7 +565,7 @@ class TokenManager:
             stamp._renew(credential, plan, wall, mono)
             if superseded is not None:
                 self._revoke_if_unused(superseded)
-            self._not_before = -math.inf
+            self._not_before = _NEVER
             self._warn_of_cuts(plan)
         self._emit(
             CredentialRefreshed(
@@ -599,7 +607,7 @@ class TokenManager:
         )
 
     def _wake(self, error: ProviderError | None) -> None:
-        waiters, self._waiters = self._waiters, set()
+        waiters, self._waiters = self._waiters, {}
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(error)
@@ -613,8 +621,11 @@ class TokenManager:
         if revocation is not None:
             stamp._is_lent = True  # once is enough
             task = self._loop.create_task(self._revoke(revocation), name=f"asyncpool_creds: revoke at {self._name}")
-            self._revocations.add(task)
-            task.add_done_callback(self._revocations.discard)
+            self._revocations += (task,)
+            task.add_done_callback(self._revoked)
+
+    def _revoked(self, task: asyncio.Task[None]) -> None:
+        self._revocations = tuple(one for one in self._revocations if one is not task)
 
     async def _revoke(self, revocation: Coroutine[None, None, None]) -> None:
         try:
@@ -624,37 +635,36 @@ class TokenManager:
         except Exception as error:  # noqa: BLE001 - whatever it is, the credential ends by itself
             self._emit(RevocationFailed(at=self._now(), provider=self._name, error=type(error).__name__))
 
-    # -- the timer
+    # -- the alarm
 
     def _may_retry(self) -> bool:
-        retry_at = -math.inf if self._failure is None else self._failure.retry_at
+        retry_at = _NEVER if self._failure is None else self._failure.retry_at
         return self._monotonic() >= max(self._not_before, retry_at)
 
     def _arm(self) -> None:
-        """Set the timer for the next refresh or retry."""
+        """Set the alarm for the next refresh or retry."""
         failure = self._failure
         if not self._background or self._closed or self._loop is None or (failure and not failure.error.retryable):
             return
         now = self._monotonic()
-        due = -math.inf if failure is None else max(failure.retry_at, self._not_before)
+        due = _NEVER if failure is None else max(failure.retry_at, self._not_before)
         if self._stamp is not None and self._stamp.is_usable(self._clock):
-            due = max(due, self._not_before, now + self._stamp._refresh - self._stamp._age(self._clock))
+            due = max(due, self._not_before, now + self._stamp.seconds_until_stale(self._clock))
         if not math.isinf(due):
-            delay = min(max(due - now, _TIMER_GRAIN), _WATCH_INTERVAL)
-            self._timer = self._loop.call_later(delay, self._tick, self._loop)
+            self._alarm = Alarm(self._loop, self._clock, due - now, self._rung)
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        stamp = self._stamp
-        if (stamp is not None and not stamp.is_stale(self._clock)) or not self._may_retry():
-            self._arm()
+    def _rung(self) -> None:
+        self._alarm = None
+        is_due = self._stamp is None or self._stamp.seconds_until_stale(self._clock) <= _TIMER_GRAIN
+        if is_due and self._may_retry():
+            self._take_off(asyncio.get_running_loop())
         else:
-            self._take_off(loop)
+            self._arm()
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     # -- loops, forks and the end
 
@@ -680,18 +690,18 @@ class TokenManager:
 
     def _leave_loop(self) -> None:
         """Forget a loop that is gone: closed, or the parent's after a fork. The credential stays."""
-        # Its task and timer are kept, because a pending task that is collected complains, and closing it
+        # Its task and alarm are kept, because a pending task that is collected complains, and closing it
         # would run the provider's clean-up, in a child on the parent's sockets.
-        _left_behind.append((self._flight, self._timer, self._closing, self._waiters, self._revocations))
-        self._loop = self._flight = self._timer = self._closing = None
-        self._waiters, self._revocations = set(), set()
+        _left_behind.append((self._flight, self._alarm, self._closing, self._waiters, self._revocations))
+        self._loop = self._flight = self._alarm = self._closing = None
+        self._waiters, self._revocations = {}, ()
 
     async def _shut_down(self) -> None:
         if self._flight is not None and self._fetching is not None:
             self._fetching.cancel()  # of this flight: its task took its first step before this one
             await asyncio.wait((self._flight,))
         if self._revocations:
-            await asyncio.wait(tuple(self._revocations))
+            await asyncio.wait(self._revocations)
         try:
             await close_provider(self._provider)
         except asyncio.CancelledError as error:
@@ -720,7 +730,7 @@ class TokenManager:
         for setting, requested, used in cuts:
             if used is None or requested is None or plan.expires_in is None or setting in self._warned_of:
                 continue
-            self._warned_of.add(setting)
+            self._warned_of += (setting,)
             self._emit(
                 ThresholdReduced(
                     at=self._now(),

@@ -13,6 +13,7 @@ import anyio
 import asyncpg
 
 from asyncpool_creds import _policy
+from asyncpool_creds._alarm import Alarm
 from asyncpool_creds._clock import Clock
 from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._events import Observers, ReplacementFailed, RetireReason
@@ -23,10 +24,10 @@ __all__ = ["RetireWhen", "Rotation", "RotationHost", "Session"]
 
 RetireWhen: TypeAlias = Literal["expired", "rotated", "never"]
 
-# A suspended process and a stepped wall clock are noticed this often while nothing else happens.
+# A replacement that waits for its place looks at the clocks this often; so long a pause follows a bug.
 _WATCH_INTERVAL: Final = 60.0
-# A rounding error before the moment, a timer that is due at once would come round at once for ever.
-_TIMER_GRAIN: Final = 0.001
+# By so much the clocks may have moved on while something was computed from them.
+_CLOCK_GRAIN: Final = 0.001
 # A connect that is cancelled while the server's answer about TLS arrives ends in an InvalidStateError in asyncpg's
 # protocol (0.30 to 0.32), for the loop's exception handler; so a close gives a quick one the time to finish.
 _CONNECT_GRACE: Final = 0.5
@@ -120,7 +121,7 @@ class RotationHost(Protocol):
 class Rotation:
     """Replace what is due, most urgent first: one connector, spread over the time that is left.
 
-    A task runs only while something is due; between, there is a timer.
+    A task runs only while something is due; between, there is an alarm.
 
     Attributes:
         calm: Until when nothing is due, for the slots.
@@ -152,8 +153,8 @@ class Rotation:
         self._room: Slot | None = None
         self._room_wanted = False
         self._promise: asyncio.Future[None] | None = None
-        self._news = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._news: asyncio.Event | None = None  # while the connector waits for some
+        self._alarm: Alarm | None = None
         self._task: asyncio.Task[None] | None = None
         self._running = False
         self._is_opening = False
@@ -172,19 +173,16 @@ class Rotation:
 
     def look(self) -> None:
         """Look again at what is due: a connection was opened, drained or has died, or a credential has rotated."""
-        self._news.set()
+        self._tell()
         if self._task is not None:
             return
         moment = min(
             (session.seconds_until_due(self._clock, self._retire_when, self.epoch) for _, session in self._sessions()),
             default=math.inf,
         )
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_alarm()
         if not self._has_hooks:
-            # The clocks have moved on a little since `moment` was computed.
-            margin = moment - _TIMER_GRAIN
+            margin = moment - _CLOCK_GRAIN
             self.calm.until, self.calm.until_wall = self._clock.monotonic() + margin, self._clock.time() + margin
         if not self._running:
             return
@@ -192,7 +190,7 @@ class Rotation:
             self._task = self._loop.create_task(self._run(), name="asyncpool_creds: replace connections")
             self._task.add_done_callback(self._ran)
         elif moment < math.inf:
-            self._timer = self._loop.call_later(min(max(moment, _TIMER_GRAIN), _WATCH_INTERVAL), self.look)
+            self._wake_in(moment)
 
     def released(self, slot: Slot) -> None:
         """A connection has come back: if it is due and a replacement stands, they change places here and now."""
@@ -206,7 +204,7 @@ class Rotation:
             return
         reason = self._due(slot.connection) if slot.is_at_rest and slot.connection is not None else None
         if reason is not None:
-            self._news.set()
+            self._tell()
             if spare is not None:
                 self._swap(slot, spare, reason)
 
@@ -219,7 +217,7 @@ class Rotation:
         reason = self._due(connection) if self._room_wanted else None
         if reason is not None:
             self._room_wanted = False
-            self._news.set()
+            self._tell()
         return reason
 
     async def take_spare(self) -> AnyConnection | None:
@@ -232,7 +230,7 @@ class Rotation:
             await asyncio.wait((self._promise,))
         spare, self._spare = self._spare, None
         if spare is not None:
-            self._news.set()
+            self._tell()
             if spare.is_closed() or self._due(spare) is not None:
                 self._host.close_later(spare)
                 return None
@@ -255,9 +253,7 @@ class Rotation:
     def abandon(self) -> None:
         """Replace nothing any more, without waiting."""
         self._running = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_alarm()
         if self._task is not None:
             self._task.cancel()
         spare, self._spare = self._spare, None
@@ -309,7 +305,7 @@ class Rotation:
         if not self._running:
             return
         if task.cancelled():  # by nobody of ours
-            self._timer = self._loop.call_later(_WATCH_INTERVAL, self.look)
+            self._wake_in(_WATCH_INTERVAL)
             return
         error = task.exception()
         if error is None:
@@ -318,7 +314,7 @@ class Rotation:
         else:
             # A bug of ours, or of an init= that raises what is no Exception: be loud, and slow.
             self._loop.call_exception_handler({"message": "replacing connections failed", "exception": error})
-            self._timer = self._loop.call_later(_WATCH_INTERVAL, self.look)
+            self._wake_in(_WATCH_INTERVAL)
 
     async def _open_in_place(self, pending: Sequence[tuple[float, Slot, RetireReason]]) -> AnyConnection | None:
         """Close one that is due, and open its replacement in the room that makes; None if all are in use."""
@@ -409,9 +405,17 @@ class Rotation:
     def _settle(self, spare: AnyConnection, slot: Slot) -> None:
         self._spare = None
         slot.settle(spare)
-        self._news.set()
+        self._tell()
 
     # -- small change
+
+    def _wake_in(self, seconds: float) -> None:
+        self._alarm = Alarm(self._loop, self._clock, seconds, self.look)
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     def _retire(self, connection: AnyConnection, reason: RetireReason) -> asyncio.Task[None]:
         self._host.retire(connection, reason)
@@ -441,9 +445,14 @@ class Rotation:
 
     async def _wait(self, seconds: float) -> None:
         """Wait until something has happened, or for so long."""
-        with anyio.move_on_after(min(max(seconds, _TIMER_GRAIN), _WATCH_INTERVAL)):
+        self._news = asyncio.Event()
+        with anyio.move_on_after(min(max(seconds, _CLOCK_GRAIN), _WATCH_INTERVAL)):
             await self._news.wait()
-        self._news.clear()
+        self._news = None
+
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
 
 
 def _finite(seconds: float) -> float | None:

@@ -244,8 +244,13 @@ async def _measure_idle(conditions: Conditions) -> tuple[Row, ...]:
 
 
 _OpenPool: TypeAlias = Callable[[str, VirtualClock], AbstractAsyncContextManager[AnyPool]]
-# The virtual clock may jump while a server takes its time: no connect, and no connection at rest, may end by that.
-_KEPT: Final[Mapping[str, Any]] = {"min_size": 0, "timeout": _DAY, "max_inactive_connection_lifetime": 0}
+# The virtual clock may jump while a server takes its time: no connect may end by that. And no timer of asyncpg's own.
+_KEPT: Final[Mapping[str, Any]] = {
+    "min_size": 0,
+    "timeout": _DAY,
+    "max_inactive_connection_lifetime": 0,
+    "max_cached_statement_lifetime": 0,
+}
 
 
 def _plain_pool(dsn: str, _: VirtualClock) -> AbstractAsyncContextManager[AnyPool]:
@@ -257,11 +262,10 @@ async def _pool_and_manager(dsn: str, clock: VirtualClock) -> AsyncGenerator[Any
     def fetch() -> Credential:
         return Credential(PASSWORD, expires_at=clock.now() + timedelta(seconds=_DAY))
 
-    async with (
-        TokenManager(fetch, clock=clock) as manager,
-        asyncpool_creds.create_pool(dsn, credentials=manager, **_KEPT) as pool,
-    ):
-        yield pool
+    async with TokenManager(fetch, clock=clock) as manager:
+        await asyncio.sleep(1)  # or the pool would be woken together with it
+        async with asyncpool_creds.create_pool(dsn, credentials=manager, **_KEPT) as pool:
+            yield pool
 
 
 def _idle_hour_of_pools(dsn: str, open_pool: _OpenPool) -> Measurement:

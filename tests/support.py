@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from asyncpool_creds.testing import VirtualClock
+
 # Letters only: it looks the same in a URL, in SQL and in JSON.
 MARKER = "PLANTEDSECRET"
 
@@ -34,6 +36,16 @@ def assert_no_secret(*things: object) -> None:
 def tasks_of_ours(loop: asyncio.AbstractEventLoop | None = None) -> set[asyncio.Task[object]]:
     """Return the tasks of `loop`, or of the running one, that this package has started and that still run."""
     return {task for task in asyncio.all_tasks(loop) if task.get_name().startswith("asyncpool_creds")}
+
+
+class CountingClock(VirtualClock):
+    """Counts in `wakeups` how often its loop was asleep and a timer woke it."""
+
+    wakeups = 0
+
+    def advance(self, seconds: float) -> None:
+        self.wakeups += 1
+        super().advance(seconds)
 
 
 def find_secret(thing: object) -> str | None:
