@@ -1,10 +1,10 @@
-"""A thousand callers who all find nothing: how often the source is asked, and how long until all are served."""
+"""Thousands of callers who all find nothing: how often the source is asked, and how long until all are served."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, TypeAlias
 
 import asyncpg
 
@@ -18,7 +18,12 @@ from benchmarks.rounds import Cell, Conditions, Effort, Measurement, play, timed
 __all__ = ["CELLS"]
 
 _CALLERS: Final = 1_000
+_MANY_CALLERS: Final = 10_000
 _CONNECTIONS: Final = 10
+# What a contender is called by the size of its herd.
+_SIZES: Final[Mapping[str, int]] = {"": _CALLERS, f", {_MANY_CALLERS:,} callers": _MANY_CALLERS}
+# A caller among ten times as many takes no longer, but for what caches of the processor hold.
+_LINEAR: Final = 1.5
 _SHARED_FUTURE: Final = "shared future"
 
 
@@ -30,13 +35,13 @@ class _Source:
     """Answers once all callers are there, and counts how often it is asked."""
 
     def __init__(self, callers: int) -> None:
-        self._missing = callers
+        self.missing = callers
         self._all_there = asyncio.Event()
         self.fetches = 0
 
     def arrive(self) -> None:
-        self._missing -= 1
-        if self._missing == 0:
+        self.missing -= 1
+        if self.missing == 0:
             self._all_there.set()
 
     async def fetch(self) -> Credential:
@@ -46,22 +51,26 @@ class _Source:
 
 
 async def _serve(caller: Callable[[], Awaitable[object]], source: _Source) -> Metrics:
+    callers = source.missing
+
     async def call() -> None:
         source.arrive()
         await caller()
 
     async def herd() -> None:
-        await asyncio.gather(*(call() for _ in range(_CALLERS)))
+        await asyncio.gather(*(call() for _ in range(callers)))
 
     wall, _ = await timed(herd)
-    return {"wall": wall, "fetches": source.fetches}
+    return {"wall": wall, "each": wall / callers, "fetches": source.fetches}
+
+
+_Herd: TypeAlias = Callable[[_Source], Awaitable[Metrics]]
 
 
 # -- the manager alone
 
 
-async def _manager_herd() -> Metrics:
-    source = _Source(_CALLERS)
+async def _manager_herd(source: _Source) -> Metrics:
     manager = TokenManager(source.fetch)
     try:
         return await _serve(manager.get, source)
@@ -69,8 +78,7 @@ async def _manager_herd() -> Metrics:
         await manager.aclose()
 
 
-async def _future_herd() -> Metrics:
-    source = _Source(_CALLERS)
+async def _future_herd(source: _Source) -> Metrics:
     fetch = asyncio.ensure_future(source.fetch())
 
     async def wait() -> Credential:
@@ -80,7 +88,7 @@ async def _future_herd() -> Metrics:
 
 
 async def _measure_manager(conditions: Conditions) -> tuple[Row, ...]:
-    return await _measure(conditions, {OURS: _manager_herd, _SHARED_FUTURE: _future_herd}, _SHARED_FUTURE)
+    return await _measure(conditions, {_SHARED_FUTURE: _future_herd, OURS: _manager_herd}, _SHARED_FUTURE)
 
 
 # -- a pool
@@ -91,9 +99,8 @@ async def _pool_herd(pool: AnyPool, source: _Source) -> Metrics:
         return await _serve(lambda: pool.fetchval("SELECT 1"), source)
 
 
-def _our_pool(server: PostgresServer) -> Measurement:
-    async def measure() -> Metrics:
-        source = _Source(_CALLERS)
+def _our_pool(server: PostgresServer) -> _Herd:
+    async def measure(source: _Source) -> Metrics:
         pool: AnyPool = asyncpool_creds.create_pool(
             server.dsn(user=ROLE), credentials=source.fetch, min_size=0, max_size=_CONNECTIONS
         )
@@ -102,10 +109,8 @@ def _our_pool(server: PostgresServer) -> Measurement:
     return measure
 
 
-def _plain_pool(server: PostgresServer) -> Measurement:
-    async def measure() -> Metrics:
-        source = _Source(_CALLERS)
-
+def _plain_pool(server: PostgresServer) -> _Herd:
+    async def measure(source: _Source) -> Metrics:
         async def password() -> str:
             return (await source.fetch()).password
 
@@ -122,41 +127,54 @@ def _plain_pool(server: PostgresServer) -> Measurement:
 
 async def _measure_pool(conditions: Conditions) -> tuple[Row, ...]:
     server = conditions.server
-    return await _measure(conditions, {OURS: _our_pool(server), PLAIN: _plain_pool(server)}, PLAIN)
+    return await _measure(conditions, {PLAIN: _plain_pool(server), OURS: _our_pool(server)}, PLAIN)
 
 
 # -- both
 
 
-async def _measure(conditions: Conditions, contenders: dict[str, Measurement], baseline: str) -> tuple[Row, ...]:
-    for measurement in contenders.values():
+async def _measure(conditions: Conditions, herds: Mapping[str, _Herd], baseline: str) -> tuple[Row, ...]:
+    def turn(herd: _Herd, callers: int) -> Measurement:
+        return lambda: herd(_Source(callers))
+
+    turns = {name + suffix: turn(herd, size) for suffix, size in _SIZES.items() for name, herd in herds.items()}
+    for measurement in turns.values():
         await measurement()  # warms up
-    rounds = await play(contenders, conditions.effort.herds, conditions)
-    return tuple(_row(rounds, name, baseline) for name in contenders)
+    rounds = await play(turns, conditions.effort.herds, conditions)
+    return tuple(_row(rounds, name, baseline, suffix) for suffix in _SIZES for name in herds)
 
 
-def _row(rounds: list[Round], name: str, baseline: str) -> Row:
+def _row(rounds: list[Round], name: str, baseline: str, suffix: str) -> Row:
+    contender = name + suffix
     figures = [
-        Figure("fetches", series(rounds, name, "fetches"), at_most=1 if name == OURS else None),
-        Figure("ms until all are served", series(rounds, name, "wall", 1e3)),
+        Figure("fetches", series(rounds, contender, "fetches"), at_most=1 if name == OURS else None),
+        Figure("ms until all are served", series(rounds, contender, "wall", 1e3)),
+        Figure("µs each", series(rounds, contender, "each", 1e6)),
     ]
     if name != baseline:
-        figures.append(Figure(f"speed, {baseline} = 1", ratios(rounds, baseline, name, "wall"), better="higher"))
-    return Row(name, tuple(figures))
+        speed = ratios(rounds, baseline + suffix, contender, "wall")
+        figures.append(Figure(f"speed, {baseline} = 1", speed, better="higher"))
+    if suffix:
+        growth = ratios(rounds, contender, name, "each")
+        at_most = _LINEAR if name == OURS else None
+        figures.append(Figure(f"time each, among {_CALLERS:,} = 1", growth, at_most=at_most, better="lower"))
+    return Row(contender, tuple(figures))
 
 
 CELLS: Final = (
     Cell(
         name="herd-manager",
         group="herd of the manager",
-        meaning=f"{_CALLERS:,} tasks call TokenManager.get() before there is a token, against one future they share",
+        meaning=f"{_CALLERS:,} tasks, and {_MANY_CALLERS:,}, call TokenManager.get() before there is a token, "
+        "against one future they share",
         rounds=_rounds,
         measure=_measure_manager,
     ),
     Cell(
         name="herd-pool",
         group="herd of the pool",
-        meaning=f"{_CALLERS:,} tasks call fetchval on an empty pool of {_CONNECTIONS}; asyncpg has password=function",
+        meaning=f"{_CALLERS:,} tasks, and {_MANY_CALLERS:,}, call fetchval on an empty pool of {_CONNECTIONS}; "
+        "asyncpg has password=function",
         rounds=_rounds,
         measure=_measure_pool,
     ),
