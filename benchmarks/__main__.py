@@ -31,6 +31,8 @@ _CELLS: Final[tuple[Cell, ...]] = (
     *token_paths.CELLS,
     *scale.CELLS,
 )
+# What stands in the place of a loop where a cell brings its own.
+_VIRTUAL: Final = "virtual"
 _QUICK: Final = Effort(blocks=2, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
 # A cell keeps the pools of all its contenders open at once.
 _MAX_CONNECTIONS: Final = 300
@@ -95,22 +97,22 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn between rounds only: a thread that draws would be measured too.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(loops) * sum(cell.rounds(effort) for cell in cells))
+        turns = [(cell, loop) for cell in cells for loop in ([_VIRTUAL] if cell.is_virtual else loops)]
+        task = progress.add_task("", total=sum(cell.rounds(effort) for cell, _ in turns))
 
         def tick() -> None:
             progress.update(task, advance=1, refresh=True)
 
-        for cell in cells:
-            for loop in loops:
-                progress.update(task, description=f"{cell.name} on {loop}", refresh=True)
-                if not console.is_terminal:
-                    console.print(f"{cell.name} on {loop}")
-                # The same order of turns whatever else is measured.
-                chance = random.Random(f"{seed} {cell.name}")
-                conditions = Conditions(server=server, effort=effort, chance=chance, tick=tick)
-                with asyncio.Runner(loop_factory=_LOOPS[loop]) as runner:
-                    rows = runner.run(cell.measure(conditions))
-                results.append(Result(cell=cell.name, group=cell.group, meaning=cell.meaning, loop=loop, rows=rows))
+        for cell, loop in turns:
+            progress.update(task, description=f"{cell.name} on {loop}", refresh=True)
+            if not console.is_terminal:
+                console.print(f"{cell.name} on {loop}")
+            # The same order of turns whatever else is measured.
+            chance = random.Random(f"{seed} {cell.name}")
+            conditions = Conditions(server=server, effort=effort, chance=chance, tick=tick)
+            with asyncio.Runner(loop_factory=_LOOPS.get(loop)) as runner:
+                rows = runner.run(cell.measure(conditions))
+            results.append(Result(cell=cell.name, group=cell.group, meaning=cell.meaning, loop=loop, rows=rows))
     return results
 
 

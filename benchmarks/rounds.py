@@ -27,7 +27,7 @@ class Effort:
             processes land would otherwise stay with one contender.
         rounds: Rounds of a throughput cell in each block.
         slice: Seconds, more or less, for which a contender runs in one round.
-        herds: Rounds of a herd cell.
+        herds: Rounds of a herd cell, and of those of scale.
         rotations: Rounds of the rotation cell.
         steady: Seconds before a rotation.
         bursts: Rounds of the manager's cell.
@@ -76,6 +76,7 @@ class Cell:
         rounds: How many ticks it makes.
         measure: Measures it.
         requires: Distributions that it cannot do without.
+        is_virtual: It brings an event loop of its own, on a virtual clock, so it is measured once and not on each loop.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Cell:
     rounds: Callable[[Effort], int]
     measure: Callable[[Conditions], Coroutine[Any, Any, tuple[Row, ...]]]
     requires: tuple[str, ...] = ()
+    is_virtual: bool = False
 
 
 async def play(contenders: Mapping[str, Measurement], rounds: int, conditions: Conditions) -> list[Round]:

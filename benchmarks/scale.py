@@ -110,7 +110,7 @@ async def _measure_managers(conditions: Conditions) -> tuple[Row, ...]:
         _SLEEPER: _bytes_each(_idle_sleepers, _MANAGERS),
         OURS: _bytes_each(_idle_managers, _MANAGERS),
     }
-    return await _measure_bytes(conditions, contenders, _SLEEPER, at_most=2.0)
+    return await _measure_bytes(conditions, contenders, _SLEEPER, at_most=1.5)
 
 
 async def _measure_pools(conditions: Conditions) -> tuple[Row, ...]:
@@ -121,7 +121,7 @@ async def _measure_pools(conditions: Conditions) -> tuple[Row, ...]:
             OURS: partial(asyncpool_creds.create_pool, dsn, credentials=manager, min_size=0),
         }
         measurements = {name: _bytes_each(partial(_idle_pools, make), _POOLS) for name, make in contenders.items()}
-        return await _measure_bytes(conditions, measurements, PLAIN, at_most=2.0)
+        return await _measure_bytes(conditions, measurements, PLAIN, at_most=1.75)
 
 
 async def _measure_bytes(
@@ -404,10 +404,11 @@ CELLS: Final = (
     Cell(
         name="scale-idle",
         group="scale: idle hour",
-        meaning=f"how often an hour (of the virtual clock, on its own event loop) wakes a process with {_MANAGERS:,} "
+        meaning=f"how often an hour of the virtual clock wakes a process with {_MANAGERS:,} "
         "managers that nobody calls, by the life of their tokens; a fetch takes one",
         rounds=_rounds,
         measure=_measure_idle,
+        is_virtual=True,
     ),
     Cell(
         name="scale-idle-pool",
@@ -416,6 +417,7 @@ CELLS: Final = (
         "whose token lives for a day",
         rounds=_rounds,
         measure=_measure_idle_pools,
+        is_virtual=True,
     ),
     Cell(
         name="scale-refresh",
@@ -424,6 +426,7 @@ CELLS: Final = (
         "(on the virtual clock), and how long the loop is busy at a stretch (on the real one)",
         rounds=_rounds,
         measure=_measure_refresh,
+        is_virtual=True,
     ),
     Cell(
         name="scale-life",

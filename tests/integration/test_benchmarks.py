@@ -71,6 +71,27 @@ def test_those_who_wait_longest_wait_less_than_at_asyncpgs_pool():
         assert saturation["asyncpool_creds"][f"asyncpg's {share}, own = 1"]["at_least"] == 4.0
 
 
+def test_a_herd_of_ten_thousand_makes_one_fetch_too():
+    run = _benchmarks("--json", "--only", "herd-manager")
+
+    contenders = json.loads(run.stdout)["cells"][0]["contenders"]
+    assert run.returncode == 0, run.stderr
+    many = contenders["asyncpool_creds, 10,000 callers"]
+    assert many["fetches"]["median"] == 1
+    assert many["time each, among 1,000 = 1"]["at_most"] == 1.5
+
+
+def test_what_a_thousand_managers_and_the_pools_take_stays_below_its_bounds():
+    run = _benchmarks("--json", "--check", "--only", "scale")
+
+    cells = {cell["name"]: cell["contenders"] for cell in json.loads(run.stdout)["cells"]}
+    assert run.returncode == 0, run.stderr
+    assert cells["scale-memory"]["asyncpool_creds"]["bytes each"]["median"] > 0
+    assert cells["scale-idle"]["asyncpool_creds, 60 min"]["fetches an hour"]["median"] == 1000
+    assert cells["scale-idle-pool"]["asyncpg"]["wake-ups an hour"]["median"] == 0
+    assert cells["scale-refresh"]["task that sleeps"]["in one second"]["median"] == 1000
+
+
 def test_a_rotation_is_survived_by_every_contender_and_is_reported_in_a_table():
     run = _benchmarks("--only", "rotation")
 
