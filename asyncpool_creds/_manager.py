@@ -60,6 +60,9 @@ _REFUSED_FOR: Final = 60.0
 _TIMER_GRAIN: Final = 0.001
 _NEVER: Final = -math.inf
 
+# Bound to its name here, because it is looked up in every `get`.
+_running_loop: Final = asyncio.get_running_loop
+
 
 class Stamp:
     """A credential as a manager holds it: what a connection is marked with.
@@ -82,6 +85,8 @@ class Stamp:
         "_mono",
         "_refresh",
         "_refused",
+        "_stale_mono",
+        "_stale_wall",
         "_unused",
         "_usable",
         "_wall",
@@ -107,6 +112,7 @@ class Stamp:
         self._refresh = _or_never(plan.refresh_in)  # always before `_usable`
         self._usable = _or_never(plan.usable_for)
         self._expires = _or_never(plan.expires_in)
+        self._stale_wall, self._stale_mono = wall + self._refresh, mono + self._refresh
 
     def _age(self, clock: Clock) -> float:
         return max(clock.monotonic() - self._mono, clock.time() - self._wall)
@@ -129,7 +135,7 @@ class Stamp:
 
     def is_stale(self, clock: Clock) -> bool:
         """Return whether it is time to refresh: it was refused, or its time has come."""
-        return self._refused or self._age(clock) >= self._refresh
+        return self._refused or clock.monotonic() >= self._stale_mono or clock.time() >= self._stale_wall
 
     def seconds_until_stale(self, clock: Clock) -> float:
         """Return the seconds until it is time to refresh: not positive once it is, infinity if that never comes."""
@@ -291,8 +297,16 @@ class TokenManager:
             ManagerClosed: The manager is closed.
             RuntimeError: The manager belongs to another event loop.
         """
-        stamp = self._stamp
-        if stamp is None or stamp.is_stale(self._clock) or self._loop is not asyncio.get_running_loop() or self._closed:
+        stamp, clock = self._stamp, self._clock
+        if (
+            stamp is None
+            # `is_stale`, without a call: some ask on every request of their own.
+            or clock.monotonic() >= stamp._stale_mono
+            or clock.time() >= stamp._stale_wall
+            or stamp._refused
+            or self._loop is not _running_loop()
+            or self._closed
+        ):
             stamp = await self.stamp()
         stamp._is_lent = True
         return stamp.credential
