@@ -24,8 +24,8 @@ def _calls(function: Callable[[], Awaitable[object]]) -> Measurement:
             await function()
 
     async def measure() -> Metrics:
-        wall, _ = await timed(work)
-        return {"wall": wall / _CALLS}
+        wall, cpu = await timed(work)
+        return {"wall": wall / _CALLS, "cpu": cpu / _CALLS}
 
     return measure
 

@@ -380,7 +380,7 @@ async def _measure_life(conditions: Conditions) -> tuple[Row, ...]:
             Figure("CPU µs each", series(rounds, name, "cpu", 1e6)),
         ]
         if name != _SLEEPER:
-            figures.append(Figure(f"time, {_SLEEPER} = 1", ratios(rounds, name, _SLEEPER, "wall")))
+            figures.append(Figure(f"CPU, {_SLEEPER} = 1", ratios(rounds, name, _SLEEPER, "cpu")))
         rows.append(Row(name, tuple(figures)))
     return tuple(rows)
 
