@@ -14,6 +14,7 @@ from typing import Final
 __all__ = [
     "RefreshPlan",
     "RefreshPolicy",
+    "first_gap",
     "invalidation_hold",
     "negative_hold",
     "parse_rate",
@@ -202,6 +203,16 @@ def session_deadlines(max_lifetime: float | None, *, chance: float) -> tuple[flo
     half = max_lifetime * LIFETIME_JITTER / 2
     end = max_lifetime - half * chance
     return end - half, end
+
+
+def first_gap(*, ahead: int, window: float | None, per_second: float) -> float:
+    """Return the seconds until the first of a pool's background connects, while those of `ahead` other pools are at it.
+
+    Pools that share a manager hear of a rotation in the same moment. They begin one by one, `per_second`, and
+    within a fifth of the `window` that is left until the first connection ends.
+    """
+    wait = ahead / per_second
+    return wait if window is None else min(wait, max(window, 0.0) / 5)
 
 
 def replacement_gap(*, pending: int, window: float | None, cost: float, per_second: float, chance: float) -> float:

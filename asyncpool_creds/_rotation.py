@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import weakref
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, Literal, Protocol, TypeAlias
@@ -263,6 +264,17 @@ class Rotation:
     # -- the connector
 
     async def _run(self) -> None:
+        ahead = _at_work.get(self._loop, 0)
+        _at_work[self._loop] = ahead + 1
+        try:
+            if ahead:
+                window = _window(self._pending())
+                await asyncio.sleep(_policy.first_gap(ahead=ahead, window=window, per_second=self._per_second))
+            await self._replace()
+        finally:
+            _at_work[self._loop] -= 1
+
+    async def _replace(self) -> None:
         attempt = 0
         self._one_for_one, self._room = False, None
         while self._running and (pending := self._pending()):
@@ -293,7 +305,7 @@ class Rotation:
             await self._find_a_place(spare)
             gap = _policy.replacement_gap(
                 pending=len(pending),
-                window=_finite(min(left for left, _, _ in pending)) if self._retire_when == "expired" else None,
+                window=_window(pending) if self._retire_when == "expired" else None,
                 cost=cost,
                 per_second=self._per_second,
                 chance=random.random(),  # noqa: S311 - jitter
@@ -455,5 +467,11 @@ class Rotation:
             self._news.set()
 
 
-def _finite(seconds: float) -> float | None:
-    return seconds if seconds < math.inf else None
+def _window(pending: Sequence[tuple[float, Slot, RetireReason]]) -> float | None:
+    """Return the seconds until the first of what is `pending` ends; None: no end is known."""
+    left = min((left for left, _, _ in pending), default=math.inf)
+    return left if left < math.inf else None
+
+
+# How many pools of an event loop are replacing connections.
+_at_work: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, int]] = weakref.WeakKeyDictionary()

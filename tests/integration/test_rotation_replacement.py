@@ -1,6 +1,7 @@
 """Connections are replaced before they are retired, and nobody waits for it."""
 
 import asyncio
+import contextlib
 import inspect
 import time
 from datetime import UTC, datetime
@@ -157,6 +158,44 @@ async def test_replacements_are_spread_over_the_time_that_is_left(cloud):
         took = time.monotonic() - began
 
     assert took > 0.3
+
+
+async def test_pools_that_share_a_manager_do_not_all_connect_at_once(cloud):
+    manager = cloud.manager()
+    began = []
+
+    async def connect(*arguments, **keywords):
+        began.append(time.monotonic())
+        return await asyncpg.connect(*arguments, **keywords)
+
+    async with contextlib.AsyncExitStack() as pools:
+        for _ in range(6):
+            pool = cloud.pool(credentials=manager, max_size=1, connect=connect, max_reconnects_per_second=20)
+            await pools.enter_async_context(pool)
+        began.clear()
+        refreshed = time.monotonic()
+        await manager.refresh()
+        await cloud.observer.seen(ConnectionRetired, 6)
+
+    # The first one at once; the others, whose timers may be late but never early, a twentieth of a second apart.
+    assert len(began) == 6
+    assert all(moment - refreshed > 0.95 * number / 20 for number, moment in enumerate(began))
+
+
+async def test_pools_that_share_a_manager_are_in_time_though_they_wait_for_each_other(cloud):
+    manager = cloud.manager()
+    async with contextlib.AsyncExitStack() as opened:
+        pools = [
+            await opened.enter_async_context(
+                cloud.pool(credentials=manager, max_size=1, max_reconnects_per_second=0.1, retire_when="expired")
+            )
+            for _ in range(4)
+        ]
+        cloud.clock.advance(599)
+        await manager.refresh()
+        await cloud.observer.seen(ConnectionRetired, 4)
+
+        assert [pool.stats().retired for pool in pools] == [{"rotated": 1}] * 4
 
 
 async def test_the_next_replacement_waits_until_the_old_connection_is_gone(cloud):

@@ -9,6 +9,7 @@ import pytest
 from asyncpool_creds._policy import (
     RefreshPlan,
     RefreshPolicy,
+    first_gap,
     invalidation_hold,
     negative_hold,
     parse_rate,
@@ -260,3 +261,19 @@ def test_courtesy_ends_where_time_gets_short():
 
 def test_the_cap_holds_however_short_the_time():
     assert gap(window=0.01) == gap(window=-5.0) == gap(window=0.0, pending=0) == pytest.approx(0.1)
+
+
+# The first background connect of a pool.
+
+
+def test_a_pool_that_is_alone_begins_at_once():
+    assert first_gap(ahead=0, window=300.0, per_second=25.0) == 0.0
+
+
+def test_pools_that_begin_together_follow_each_other_at_the_cap():
+    assert [first_gap(ahead=ahead, window=300.0, per_second=25.0) for ahead in (1, 2, 200)] == [0.04, 0.08, 8.0]
+
+
+@pytest.mark.parametrize(("window", "expected"), [(10.0, 2.0), (0.0, 0.0), (-5.0, 0.0), (None, 8.0)])
+def test_no_pool_waits_for_the_others_until_it_is_late(window, expected):
+    assert first_gap(ahead=200, window=window, per_second=25.0) == expected
