@@ -50,9 +50,9 @@ class Alarm:
         self._start(seconds)
 
     def hurry(self, seconds: float) -> None:
-        """Ring in `seconds`, if not before."""
+        """Ring in `seconds`, if not before; on a loop that is closed, nothing rings any more."""
         loop = self._watch.loop
-        if self._timer is not None and self._timer.when() > loop.time() + seconds:
+        if self._timer is not None and not loop.is_closed() and self._timer.when() > loop.time() + seconds:
             self._timer.cancel()
             self._start(seconds)
 

@@ -60,8 +60,8 @@ _REFUSED_FOR: Final = 60.0
 _TIMER_GRAIN: Final = 0.001
 _NEVER: Final = -math.inf
 
-# Bound to its name here, because it is looked up in every `get`.
-_running_loop: Final = asyncio.get_running_loop
+# Every `get` asks it, and is spared the look into asyncio.
+_get_running_loop: Final = asyncio.get_running_loop
 
 
 class Stamp:
@@ -304,7 +304,7 @@ class TokenManager:
             or clock.monotonic() >= stamp._stale_mono
             or clock.time() >= stamp._stale_wall
             or stamp._refused
-            or self._loop is not _running_loop()
+            or self._loop is not _get_running_loop()
             or self._closed
         ):
             stamp = await self.stamp()

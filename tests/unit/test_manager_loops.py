@@ -54,6 +54,14 @@ def test_it_cannot_be_closed_from_another_loop_while_its_own_lives(manager, cloc
     own.close()
 
 
+def test_a_credential_can_be_refused_when_its_loop_is_gone(manager, clock):
+    clock.run(manager.get())
+
+    manager.invalidate(manager.current)
+
+    assert manager.current is None
+
+
 def test_it_can_be_closed_from_another_loop_when_its_own_is_gone(manager, provider, clock):
     clock.run(manager.get())
 
