@@ -149,7 +149,9 @@ class FastPath:
             return None
         calm = self._owner.calm
         if (calm.monotonic() >= calm.until or calm.time() >= calm.until_wall) and (
-            self._owner.after_release is not None or self._owner.end_of(connection) is not None
+            self._owner.after_release is not None
+            or self._owner.end_of(connection) is not None
+            or self._owner.is_making_room()
         ):
             return None
         if not self._resets or _untouched.get(id(connection)) == connection._protocol.queries_count:

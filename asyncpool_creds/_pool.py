@@ -458,6 +458,10 @@ class CredentialPool(_Pool[RecordT]):
         session = self._sessions.get(connection)
         return None if session is None else session.ended(self._clock, self._retire_when, self._rotation.epoch)
 
+    def is_making_room(self) -> bool:
+        """Return whether a connection that comes back may have to be closed, so that another can be opened."""
+        return self._rotation.is_making_room
+
     def claim_on(self, connection: AnyConnection) -> RetireReason | None:
         """Return why `connection`, which comes back, must not go to the next acquirer, or None."""
         return self.end_of(connection) or self._rotation.claims(connection)

@@ -127,6 +127,7 @@ class Rotation:
     Attributes:
         calm: Until when nothing is due, for the slots.
         epoch: How often the pool has been drained.
+        is_making_room: Whether one that comes back and is due has to be closed, for its replacement to be opened.
         replaced: Connections opened to take another's place.
         failures: Attempts at that which failed.
     """
@@ -152,7 +153,7 @@ class Rotation:
         self._closing_old: asyncio.Task[None] | None = None
         self._one_for_one = False
         self._room: Slot | None = None
-        self._room_wanted = False
+        self.is_making_room = False
         self._promise: asyncio.Future[None] | None = None
         self._news: asyncio.Event | None = None  # while the connector waits for some
         self._alarm: Alarm | None = None
@@ -215,9 +216,9 @@ class Rotation:
         That is so on a full server while no connection that is due is ever at rest: the one who
         waits for this slot would have it again before anything else can happen.
         """
-        reason = self._due(connection) if self._room_wanted else None
+        reason = self._due(connection) if self.is_making_room else None
         if reason is not None:
-            self._room_wanted = False
+            self.is_making_room = False
             self._tell()
         return reason
 
@@ -294,9 +295,9 @@ class Rotation:
                     spare.terminate()  # nothing was done on it that a goodbye could lose
                 return
             if spare is None:
-                self._room_wanted = True
+                self.is_making_room = True
                 await self._wait(min((left for left, _, _ in pending if left > 0), default=math.inf))
-                self._room_wanted = False
+                self.is_making_room = False
                 await asyncio.sleep(1 / self._per_second)
                 continue
             attempt = 0

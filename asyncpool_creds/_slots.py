@@ -131,6 +131,10 @@ class SlotOwner(Protocol):
         """Return why `connection` must not be handed out any more, or None."""
         ...
 
+    def is_making_room(self) -> bool:
+        """Return whether a connection that comes back may have to be closed, so that another can be opened."""
+        ...
+
     def claim_on(self, connection: AnyConnection) -> RetireReason | None:
         """Return why `connection`, which comes back, must not go to the next acquirer, or None."""
         ...
@@ -363,7 +367,8 @@ class Slot(_Holder):
         owner: SlotOwner = self._pool
         calm = owner.calm
         if calm.monotonic() >= calm.until or calm.time() >= calm.until_wall:
-            reason = owner.claim_on(self._con)
+            # Room is made where the slot stays taken until the connection is closed: in a release of asyncpg's.
+            reason = owner.end_of(self._con)
             if reason is not None:
                 owner.retire(self._con, reason)
                 owner.close_later(self.vacate())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import warnings
 
 import asyncpg
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import asyncpool_creds
-from asyncpool_creds import ConnectionRetired, _fastpath
+from asyncpool_creds import ConnectionRetired, ReplacementFailed, _fastpath
 from asyncpool_creds.testing import RecordingObserver
 
 pytestmark = pytest.mark.anyio
@@ -206,6 +207,53 @@ async def test_an_ordinary_release_takes_the_fast_path(server, resets):
         await pool.fetchval("SELECT 1")
 
     assert resets == [True]
+
+
+async def test_a_rotation_under_way_changes_nothing_of_it(cloud, resets):
+    async with cloud.pool(max_size=1, retire_when="rotated") as pool:
+        cloud.door.starting_up = True  # so that it stays under way
+        await pool.manager.refresh()
+        await cloud.observer.seen(ReplacementFailed)
+
+        assert await pool.fetchval("SELECT 1") == 1
+        assert resets == [True]
+
+
+async def test_what_has_ended_in_use_is_closed_and_not_reset_first(cloud, resets):
+    async with cloud.pool(max_size=1) as pool:
+        async with pool.acquire() as connection:
+            await connection.fetchval("SELECT 1")
+            cloud.clock.advance(700)
+
+        assert (await cloud.observer.seen(ConnectionRetired)).reason == "expired"
+        assert resets == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("execute", ["SELECT 1"]),
+        ("executemany", ["SELECT $1::int", [(1,), (2,)]]),
+        ("fetch", ["SELECT 1 AS x"]),
+        ("fetchmany", ["SELECT $1::int AS x", [(1,), (2,)]]),
+        ("fetchrow", ["SELECT 1 AS x"]),
+        ("fetchval", ["SELECT 1"]),
+    ],
+)
+async def test_whole_calls_do_what_asyncpgs_do_and_give_the_connection_back(server, resets, name, arguments):
+    theirs = getattr(asyncpg.Pool, name)
+    async with asyncpool_creds.create_pool(server.dsn(), min_size=1, max_size=1) as pool:
+        ours = getattr(pool, name)
+        assert inspect.signature(ours) == inspect.signature(functools.partial(theirs, pool))
+        assert ours.__doc__ == theirs.__doc__
+
+        assert await ours(*arguments) == await theirs(pool, *arguments)
+        with pytest.raises(asyncpg.PostgresSyntaxError):
+            await ours("NONSENSE", *arguments[1:])
+        with pytest.raises(TypeError):
+            await ours()
+        assert resets == [True] * 4  # nobody has taken it with him
+        assert await pool.fetchval("SELECT 1") == 1
 
 
 async def test_where_nothing_was_sent_nothing_is_reset(server):
