@@ -140,8 +140,8 @@ def assemble(machine: Mapping[str, str | int], settings: Mapping[str, object], r
 
 
 def as_json(report: Report) -> str:
-    """Return `report` as one JSON object."""
-    return json.dumps(report, indent=1, allow_nan=False)
+    """Return `report` as one JSON object, on one line: most of it is single rounds."""
+    return json.dumps(report, allow_nan=False)
 
 
 def _figure(figure: Figure) -> FigureReport:
@@ -155,5 +155,5 @@ def _figure(figure: Figure) -> FigureReport:
         "at_most": figure.at_most,
         "better": figure.better,
         "holds": figure.holds,
-        "rounds": list(figure.values),
+        "rounds": [float(f"{value:.6g}") for value in figure.values],
     }
