@@ -184,8 +184,10 @@ class CredentialPool(_Pool[RecordT]):
         super().__init__(dsn, **arguments)
 
         self._slot_queue = SlotQueue(fair=fair)
+        # With a reset= of the user's own, too, which is for asyncpg to call.
+        self._checks_out_itself = fast_path and is_supported()
         self._fast_path: FastPath | None = None
-        if fast_path and (not resets or arguments["reset"] is None) and is_supported():
+        if self._checks_out_itself and (not resets or arguments["reset"] is None):
             self._fast_path = FastPath(
                 self, self._slot_queue, loop=self._loop, wait_for_reset=wait_for_reset, resets=resets
             )
@@ -369,7 +371,7 @@ class CredentialPool(_Pool[RecordT]):
         self._rotation.start(in_background=self._manager is None or self._manager.background)
 
     async def _acquire(self, timeout: float | None) -> AnyProxy:  # noqa: ASYNC109 - asyncpg's signature
-        if timeout is not None or self._fast_path is None or self._closing:
+        if timeout is not None or not self._checks_out_itself or self._closing:
             return await super()._acquire(timeout)
         self._check_init()
         slot = self._slot_queue.take_ready() or await self._slot_queue.get()
