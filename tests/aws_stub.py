@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -273,10 +272,3 @@ def web_identity(stub: AwsStub) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(directory / "token"))
             yield
-
-
-def fork() -> int:
-    """Fork beside other threads, of which CPython 3.12 warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()

@@ -13,6 +13,7 @@ import logging
 import pickle
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from asyncpool_creds.testing import VirtualClock
@@ -31,6 +32,22 @@ def assert_no_secret(*things: object) -> None:
     for thing in things:
         leak = find_secret(thing)
         assert leak is None, f"the planted secret is in {leak}"
+
+
+class FakeClock:
+    """Stands still until it is set; both of its clocks show the same."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def after(self, seconds: float) -> datetime:
+        return datetime.fromtimestamp(self.now + seconds, UTC)
 
 
 def tasks_of_ours(loop: asyncio.AbstractEventLoop | None = None) -> set[asyncio.Task[object]]:

@@ -13,23 +13,13 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from support import FakeClock
 
 from asyncpool_creds.testing.issuer import TokenIssuer, UserStore
 
 pytestmark = pytest.mark.anyio
 
 LOGIN = {"grant_type": "password", "username": "ann", "password": "planted-password"}
-
-
-class FakeClock:
-    def __init__(self):
-        self.now = 1_800_000_000.0
-
-    def time(self):
-        return self.now
-
-    def monotonic(self):
-        return self.now
 
 
 def pem(private_key):

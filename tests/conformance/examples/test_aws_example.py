@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
-import anyio.to_thread
 import pytest
 from aws_stub import REGION, AwsStub, environment
+from processes import run_example
 from support import secret
 
 from asyncpool_creds.testing.door import TokenDoor
@@ -19,20 +17,9 @@ from asyncpool_creds.testing.sigv4 import SigV4Verifier
 
 pytestmark = pytest.mark.anyio
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-
 
 async def run(example: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return await anyio.to_thread.run_sync(
-        lambda: subprocess.run(
-            [sys.executable, "-W", "error", str(EXAMPLES / example)],
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    )
+    return await run_example(example, {**os.environ, **variables})
 
 
 async def test_the_rds_example_runs() -> None:

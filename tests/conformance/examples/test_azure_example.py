@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-import anyio.to_thread
 import pytest
 from metadata_stubs import MetadataStub, azure_environment, virtual_machine
+from processes import run_example
 
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.postgres import PostgresServer
 
 pytestmark = pytest.mark.anyio
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "azure_entra.py"
 
 
 @pytest.mark.parametrize(("claims", "user"), [({"upn": "ada"}, None), (None, "ada")])
@@ -25,16 +20,7 @@ async def test_the_azure_example_runs(claims: dict[str, str] | None, user: str |
         async with PostgresServer() as server, TokenDoor(server, stub.verify) as door:
             await server.create_role("ada")
             environment = {**os.environ, "DATABASE_URL": door.dsn()} | ({"ENTRA_USER": user} if user else {})
-            done = await anyio.to_thread.run_sync(
-                lambda: subprocess.run(
-                    [sys.executable, "-W", "error", str(EXAMPLE)],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    timeout=60,
-                    check=False,
-                )
-            )
+            done = await run_example("azure_entra.py", environment)
 
     assert done.stderr == ""
     first, second = done.stdout.splitlines()

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import anyio.to_thread
 import pytest
 from metadata_stubs import MetadataStub, google_environment, key_of_service_account
+from processes import run_example
 
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.postgres import PostgresServer
 
 pytestmark = pytest.mark.anyio
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "gcp_cloud_sql.py"
 
 
 @pytest.mark.parametrize("where", ["virtual machine", "key file"])
@@ -30,16 +26,7 @@ async def test_the_gcp_example_runs(where: str, tmp_path: Path) -> None:
         async with PostgresServer() as server, TokenDoor(server, stub.verify) as door:
             await server.create_role("app@project.iam")
             environment["DATABASE_URL"] = door.dsn()
-            done = await anyio.to_thread.run_sync(
-                lambda: subprocess.run(
-                    [sys.executable, "-W", "error", str(EXAMPLE)],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    timeout=60,
-                    check=False,
-                )
-            )
+            done = await run_example("gcp_cloud_sql.py", environment)
 
     assert done.stderr == ""
     first, second = done.stdout.splitlines()

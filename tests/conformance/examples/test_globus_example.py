@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import anyio.to_thread
 import pytest
 from globus_auth import CLIENT, DATABASE, DATABASE_SCOPE, GROUPS, GROUPS_SCOPE, TRANSFER, GlobusAuth
+from processes import run_example
 from support import secret
 
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.postgres import PostgresServer
 
 pytestmark = pytest.mark.anyio
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "globus_resources.py"
 
 
 @pytest.mark.parametrize("who", ["person", "client"])
@@ -33,16 +29,7 @@ async def test_the_globus_example_runs(who: str, tmp_path: Path) -> None:
             settings = {"GLOBUS_CLIENT_ID": CLIENT, "GLOBUS_TOKENS": str(tokens)}
         async with TokenDoor(server, auth.verifier(DATABASE)) as door:
             settings |= {"GLOBUS_AUTH": auth.url, "GLOBUS_DATABASE": DATABASE, "DATABASE_URL": door.dsn(user="app")}
-            done = await anyio.to_thread.run_sync(
-                lambda: subprocess.run(
-                    [sys.executable, "-W", "error", str(EXAMPLE)],
-                    env=os.environ | settings,
-                    capture_output=True,
-                    text=True,
-                    timeout=60,
-                    check=False,
-                )
-            )
+            done = await run_example("globus_resources.py", os.environ | settings)
 
     assert done.stderr == ""
     *tokens_of, last = done.stdout.splitlines()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import anyio.to_thread
 import pytest
 from openbao import started
+from processes import run_example
 
 pytestmark = pytest.mark.anyio
-
-EXAMPLE = Path(__file__).parents[3] / "examples" / "vault_database.py"
 
 
 @pytest.mark.parametrize("login", ["approle", "token"])
@@ -27,16 +23,7 @@ async def test_the_vault_example_runs_and_leaves_no_user_behind(login: str, tmp_
     settings |= {"DATABASE_URL": vault.dsn(), "VAULT_ADDR": vault.url, "VAULT_DATABASE_ROLE": "hour"}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("BAO_", "VAULT_"))}
 
-    done = await anyio.to_thread.run_sync(
-        lambda: subprocess.run(
-            [sys.executable, "-W", "error", str(EXAMPLE)],
-            env={**inherited, **settings},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    )
+    done = await run_example("vault_database.py", {**inherited, **settings})
 
     assert done.stderr == ""
     first, second = done.stdout.splitlines()

@@ -13,9 +13,10 @@ from datetime import UTC, datetime, timedelta
 import anyio
 import pytest
 from aiobotocore.session import AioSession
-from aws_stub import REGION, AwsStub, Refusal, environment, fork, static_key, web_identity
+from aws_stub import REGION, AwsStub, Refusal, environment, static_key, web_identity
 from botocore import exceptions
 from lag_probe import watch, watch_cold
+from processes import fork
 from support import assert_no_secret, secret
 
 from asyncpool_creds import (

@@ -15,9 +15,10 @@ from datetime import UTC, datetime, timedelta
 import boto3
 import httpx
 import pytest
-from aws_stub import REGION, environment, fork
+from aws_stub import REGION, environment
 from moto.server import ThreadedMotoServer
 from moto.sts.models import sts_backends
+from processes import fork
 from support import secret
 
 from asyncpool_creds import ProviderError, TokenManager

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import pickle
 import ssl
 import time
-import warnings
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -30,6 +28,7 @@ from azure.identity.aio import (
 )
 from lag_probe import watch_cold
 from metadata_stubs import Answer, MetadataStub, app_service, azure_environment, virtual_machine
+from processes import in_forked_child
 from support import assert_no_secret, find_secret, secret
 
 import asyncpool_creds
@@ -618,20 +617,7 @@ async def test_a_forked_child_makes_its_own_credential(make, stub):
         await provider.aclose()
         return password
 
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        # 3.12 and later warn of threads; the child does not touch any of the parent's.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if not child:
-        try:
-            os.write(write, asyncio.run(work()).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    await anyio.to_thread.run_sync(os.waitpid, child, 0)
-    with open(read, "rb") as pipe:  # noqa: ASYNC230, PTH123
-        password = pipe.read().decode()
+    password = await in_forked_child(work)
 
     assert stub.verify("", password) is None
     assert (await provider.fetch()).password != password

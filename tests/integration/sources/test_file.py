@@ -16,26 +16,12 @@ import anyio
 import anyio.to_thread
 import pytest
 from provider_cases.file import HangingFileSystem
-from support import secret
+from support import FakeClock, secret
 
 from asyncpool_creds import CredentialProvider, CredentialRefreshed, ProviderError, TokenManager
 from asyncpool_creds.providers.file import File
 
 pytestmark = pytest.mark.anyio
-
-
-class FakeClock:
-    def __init__(self):
-        self.now = 1_800_000_000.0
-
-    def time(self):
-        return self.now
-
-    def monotonic(self):
-        return self.now
-
-    def after(self, seconds):
-        return datetime.fromtimestamp(self.now + seconds, UTC)
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import pickle
 import time
-import warnings
 from datetime import UTC, datetime, timedelta
 
 import anyio.to_thread
@@ -29,6 +27,7 @@ from metadata_stubs import (
     key_of_service_account,
     private_key,
 )
+from processes import in_forked_child
 from support import assert_no_secret, secret
 
 import asyncpool_creds
@@ -513,20 +512,11 @@ async def test_one_event_loop_after_another(stub):
 async def test_a_forked_child_asks_for_itself(stub):
     provider = CloudSQLIAM(account(stub))
     await provider.fetch()
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        # 3.12 and later warn of threads; the child does not touch any of the parent's.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if not child:
-        try:
-            os.write(write, asyncio.run(provider.fetch()).password.encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    await anyio.to_thread.run_sync(os.waitpid, child, 0)
-    with open(read, "rb") as pipe:  # noqa: ASYNC230, PTH123
-        password = pipe.read().decode()
+
+    async def work():
+        return (await provider.fetch()).password
+
+    password = await in_forked_child(work)
 
     assert stub.verify("", password) is None
 

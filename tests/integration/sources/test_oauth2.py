@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
-import json
 import logging
-import os
 import pickle
 import runpy
 import ssl
 import struct
 import traceback
-import warnings
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +20,8 @@ import asyncpg
 import httpx
 import pytest
 import trustme
-from support import secret
+from processes import in_forked_child
+from support import FakeClock, secret
 
 import asyncpool_creds
 from asyncpool_creds import CredentialProvider, ProviderError, ProviderTimeout, StorageFailed
@@ -36,20 +34,6 @@ pytestmark = pytest.mark.anyio
 PASSWORD = f"{secret('password')}/ +1"
 SECRET = f"{secret('client')}: +"
 LOGIN = {"username": "ann", "password": PASSWORD}
-
-
-class FakeClock:
-    def __init__(self):
-        self.now = 1_800_000_000.0
-
-    def time(self):
-        return self.now
-
-    def monotonic(self):
-        return self.now
-
-    def after(self, seconds):
-        return datetime.fromtimestamp(self.now + seconds, UTC)
 
 
 @pytest.fixture
@@ -1149,24 +1133,6 @@ async def test_one_client_is_made_for_life(make):
     await provider.fetch()
 
     assert [used.is_closed for used in made] == [True, False]
-
-
-async def in_forked_child(work):
-    """Return what the coroutine function `work` returns in a forked child."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        # 3.12 and later warn of threads; the child does not touch any.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if not child:
-        try:
-            os.write(write, json.dumps(asyncio.run(work())).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    await anyio.to_thread.run_sync(os.waitpid, child, 0)
-    with open(read, "rb") as pipe:  # noqa: ASYNC230, PTH123
-        return json.loads(pipe.read())
 
 
 async def test_a_forked_child_logs_in_for_itself(make, issuer):

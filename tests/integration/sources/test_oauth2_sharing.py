@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import httpx
 import pytest
-from support import secret, tasks_of_ours
+from support import FakeClock, secret, tasks_of_ours
 
 from asyncpool_creds import (
     CredentialRefreshed,
@@ -31,17 +31,6 @@ pytestmark = pytest.mark.anyio
 LOGIN = {"username": "ann", "password": secret("password")}
 DEVICE = "urn:ietf:params:oauth:grant-type:device_code"
 DAY = 86_400.0
-
-
-class FakeClock:
-    def __init__(self):
-        self.now = 1_800_000_000.0
-
-    def time(self):
-        return self.now
-
-    def monotonic(self):
-        return self.now
 
 
 @pytest.fixture

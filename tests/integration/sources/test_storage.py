@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import warnings
 from datetime import UTC, datetime, timedelta, timezone
 
 import anyio.to_thread
+import processes
 import pytest
 from redis_server import RedisServer
 from storages import KEY, Place, steps_that_block
@@ -329,10 +329,7 @@ async def test_memory_is_empty_and_unlocked_after_a_fork():
 
 
 def fork(job):
-    with warnings.catch_warnings():
-        # 3.12 and later warn of threads; the child does not touch any of them.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    child = processes.fork()
     if child:
         return child
     status = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from datetime import timedelta
@@ -15,6 +14,7 @@ import asyncpg
 import httpx
 import pytest
 from openbao import Line, Vault, started
+from processes import fork
 from support import assert_no_secret, secret
 
 from asyncpool_creds import (
@@ -817,10 +817,7 @@ async def test_a_forked_child_has_a_lease_of_its_own_and_leaves_its_parents_alon
             second = await provider.fetch()
         return second.is_same_secret(first)
 
-    with warnings.catch_warnings():
-        # 3.12 and later warn of threads; the child does not touch any.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    child = fork()
     if not child:
         status = 1
         try:
