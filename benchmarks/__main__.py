@@ -68,11 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Wide enough for the widest table where there is no terminal to be seen on.
         console = Console()
         report.print_tables(console if console.is_terminal else Console(width=320), description, results)
-    if not options.check:
-        return 0
-    for complaint in figures["broken_floors"]:
-        sys.stderr.write(f"floor broken: {complaint}\n")
-    return 1 if figures["broken_floors"] else 0
+    return report.judge(figures["broken_floors"]) if options.check else 0
 
 
 def _possible(cells: Sequence[Cell]) -> list[Cell]:

@@ -9,7 +9,6 @@ and for all the same.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -67,12 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.print_tables(console if console.is_terminal else Console(width=200), description, results)
     for path in fleet_plot.save(fleet, lives, options.results):
         sys.stderr.write(f"written: {path}\n")
-    if not options.check:
-        return 0
-    broken = report.broken_floors(results)
-    for complaint in broken:
-        sys.stderr.write(f"floor broken: {complaint}\n")
-    return 1 if broken else 0
+    return report.judge(report.broken_floors(results)) if options.check else 0
 
 
 def _contenders(cap: float) -> dict[str, Contender]:
@@ -190,7 +184,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, quick in _QUICK.items():
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else getattr(normal, name))
-    if importlib.util.find_spec("matplotlib") is None:
+    if not machine.is_installed("matplotlib"):
         parser.error("matplotlib is not installed; pip install --group test has it")
     return options
 

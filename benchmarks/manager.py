@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 from asyncpool_creds import TokenManager
-from benchmarks.figures import Figure, Metrics, Row, ratios, series
+from benchmarks.figures import Figure, Row, ratios, series
 from benchmarks.pools import OURS, PASSWORD, hour_long
-from benchmarks.rounds import Cell, Conditions, Measurement, play, timed
+from benchmarks.rounds import Cell, Conditions, play, repeated
 
 __all__ = ["CELLS"]
 
@@ -18,25 +17,13 @@ _FLOOR: Final = 500
 _EMPTY: Final = "empty coroutine"
 
 
-def _calls(function: Callable[[], Awaitable[object]]) -> Measurement:
-    async def work() -> None:
-        for _ in range(_CALLS):
-            await function()
-
-    async def measure() -> Metrics:
-        wall, cpu = await timed(work)
-        return {"wall": wall / _CALLS, "cpu": cpu / _CALLS}
-
-    return measure
-
-
 async def _nothing() -> None:
     """Return at once."""
 
 
 async def _measure(conditions: Conditions) -> tuple[Row, ...]:
     async with TokenManager(lambda: hour_long(PASSWORD)) as manager:
-        contenders = {OURS: _calls(manager.get), _EMPTY: _calls(_nothing)}
+        contenders = {OURS: repeated(manager.get, _CALLS), _EMPTY: repeated(_nothing, _CALLS)}
         rounds = await play(contenders, conditions.effort.bursts, conditions)
     return (
         Row(_EMPTY, (Figure("ns", series(rounds, _EMPTY, "wall", 1e9)),)),

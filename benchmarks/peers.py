@@ -153,7 +153,7 @@ async def _held(server: PostgresServer, size: int) -> AsyncGenerator[list[AnyCon
         yield connections
 
 
-async def _held_select(connections: list[AnyConnection], turns: Iterator[int]) -> None:
+async def _held_select(connections: list[AnyConnection], turns: Iterator[int], *, with_reset: bool) -> None:
     if not connections:
         # As many lanes as connections: who comes later leaves his turns to those who have one.
         return
@@ -161,25 +161,20 @@ async def _held_select(connections: list[AnyConnection], turns: Iterator[int]) -
     try:
         for _ in turns:
             await connection.fetchval("SELECT 1")
+            if with_reset:
+                await connection.reset()
     finally:
         connections.append(connection)
 
 
-async def _held_select_reset(connections: list[AnyConnection], turns: Iterator[int]) -> None:
-    if not connections:
-        return
-    connection = connections.pop()
-    try:
-        for _ in turns:
-            await connection.fetchval("SELECT 1")
-            await connection.reset()
-    finally:
-        connections.append(connection)
+def _by_hand(*, with_reset: bool) -> Contender[list[AnyConnection]]:
+    select = partial(_held_select, with_reset=with_reset)
+    return Contender(open=_held, operations={"select": select, "fetchval": select})
 
 
 PEERS: Final[Mapping[str, AnyContender]] = {
-    HELD: Contender(open=_held, operations={"select": _held_select_reset, "fetchval": _held_select_reset}),
-    HELD_UNRESET: Contender(open=_held, operations={"select": _held_select, "fetchval": _held_select}),
+    HELD: _by_hand(with_reset=True),
+    HELD_UNRESET: _by_hand(with_reset=False),
     PSYCOPG: _of_psycopg(with_reset=False),
     PSYCOPG_RESET: _of_psycopg(with_reset=True),
     SQLALCHEMY: Contender(

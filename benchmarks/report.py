@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.figures import Better, Figure, Result, quartiles
 
-__all__ = ["CellReport", "FigureReport", "Report", "as_json", "assemble", "broken_floors", "print_tables"]
+__all__ = ["CellReport", "FigureReport", "Report", "as_json", "assemble", "broken_floors", "judge", "print_tables"]
 
 
 class FigureReport(TypedDict):
@@ -96,6 +97,13 @@ def _number(value: float) -> str:
     # Three significant digits, as far as four decimals show them.
     decimals = min(4, max(0, 2 - math.floor(math.log10(abs(value)))))
     return f"{value:.{decimals}f}"
+
+
+def judge(broken: Sequence[str]) -> int:
+    """Name the floors that do not hold on stderr; return the exit status."""
+    for complaint in broken:
+        sys.stderr.write(f"floor broken: {complaint}\n")
+    return 1 if broken else 0
 
 
 def broken_floors(results: Sequence[Result]) -> list[str]:
