@@ -44,7 +44,35 @@ _REDSHIFT_HOST: Final = re.compile(
 _SECRET_ARN: Final = re.compile(rf"^arn:[^:]+:secretsmanager:{_REGION.format('before')}:")
 
 
-class RDSIAM:
+class _Provider:
+    """What the four have in common: a region, the clocks, and the account whose keys are used."""
+
+    def __init__(self, region: str | None, profile: str | None, clock: Clock | None) -> None:
+        self._region: Final = region
+        self._profile: Final = profile
+        self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
+        self._account = Account(profile, self._clock)
+
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"a provider such as {name} belongs to its process and cannot be pickled; make one where needed"
+        )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.time(), UTC)
+
+
+class _Signer(_Provider):
+    """A provider of tokens that are signed on this machine."""
+
+    def invalidate(self, credential: Credential) -> None:
+        """Look for other credentials to sign with next time: these may have been revoked."""
+        del credential
+        self._account.forget()
+
+
+class RDSIAM(_Signer):
     """A provider of IAM tokens for RDS and Aurora, signed on this machine: no request is made for one.
 
     Given to ``create_pool``, it takes host, port and user from the DSN, and makes a token for each host. What is passed
@@ -80,13 +108,10 @@ class RDSIAM:
         _check_texts("RDSIAM", host=host, user=user, region=region, profile=profile)
         _check_host("RDSIAM", host)
         _check_port("RDSIAM", port)
+        super().__init__(region, profile, clock)
         self._host: Final = host
         self._port: Final = port
         self._user: Final = user
-        self._region: Final = region
-        self._profile: Final = profile
-        self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account = Account(profile, self._clock)
 
     def bind(self, target: Target) -> RDSIAM:
         """Return a provider of tokens for `target`, which shares everything with this one.
@@ -121,19 +146,11 @@ class RDSIAM:
             user,
         )
 
-    def invalidate(self, credential: Credential) -> None:
-        """Look for other credentials to sign with next time: these may have been revoked."""
-        del credential
-        self._account.forget()
-
     def __repr__(self) -> str:
         return f"<RDSIAM host={self._host!r} port={self._port!r} user={self._user!r} region={self._region!r}>"
 
-    def __reduce__(self) -> NoReturn:
-        raise _not_to_be_pickled(self)
 
-
-class AuroraDSQL:
+class AuroraDSQL(_Signer):
     """A provider of IAM tokens for Aurora DSQL, signed on this machine: no request is made for one.
 
     Host and user as with `RDSIAM`. A token is for the administrator, or for all other roles: it does not name one.
@@ -177,14 +194,11 @@ class AuroraDSQL:
         _check_host("AuroraDSQL", host)
         if admin is not None and not isinstance(admin, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"AuroraDSQL: admin must be a bool or None, not {type(admin).__name__}")
+        super().__init__(region, profile, clock)
         self._host: Final = host
         self._user: Final = user
         self._admin: Final = admin
         self._token_lifetime: Final = _lifetime("AuroraDSQL", token_lifetime, 1, _LONGEST_DSQL_TOKEN_LIFETIME)
-        self._region: Final = region
-        self._profile: Final = profile
-        self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account = Account(profile, self._clock)
 
     def bind(self, target: Target) -> AuroraDSQL:
         """Return a provider of tokens for `target`, which shares everything with this one.
@@ -218,19 +232,11 @@ class AuroraDSQL:
             UnsignedToken("AuroraDSQL", "dsql", region, host, action, self._token_lifetime), user
         )
 
-    def invalidate(self, credential: Credential) -> None:
-        """Look for other credentials to sign with next time: these may have been revoked."""
-        del credential
-        self._account.forget()
-
     def __repr__(self) -> str:
         return f"<AuroraDSQL host={self._host!r} user={self._user!r} region={self._region!r}>"
 
-    def __reduce__(self) -> NoReturn:
-        raise _not_to_be_pickled(self)
 
-
-class SecretsManager:
+class SecretsManager(_Provider):
     """A provider of the user and password in a secret, always of the version that is current (``AWSCURRENT``).
 
     A secret says nothing about its end, so it is looked at again every `refresh_every` seconds, and when a server
@@ -270,14 +276,12 @@ class SecretsManager:
             if value is None:  # pyright: ignore[reportUnnecessaryComparison]
                 raise TypeError(f"SecretsManager: {name} must be a str, not None")
             check_text("SecretsManager", name, value)
+        super().__init__(region or _region_in(_SECRET_ARN, secret), profile, clock)
         self._secret: Final = secret
         self._user_key: Final = user_key
         self._password_key: Final = password_key
         self._user: Final = user
         self._refresh_every: Final = parse_seconds("SecretsManager", "refresh_every", refresh_every)
-        self._region: Final = region or _region_in(_SECRET_ARN, secret)
-        self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account: Final = Account(profile, self._clock)
 
     async def fetch(self) -> Credential:
         """Return what the current version of the secret holds now.
@@ -286,7 +290,7 @@ class SecretsManager:
             ProviderError: AWS did not give the secret, or there is no password in it.
             ProviderTimeout: AWS did not answer in time.
         """
-        requested_at = datetime.fromtimestamp(self._clock.time(), UTC)
+        requested_at = self._now()
         answer = await self._account.ask(
             self,
             f"SecretsManager: the secret {self._secret!r} was not read",
@@ -334,11 +338,8 @@ class SecretsManager:
     def __repr__(self) -> str:
         return f"<SecretsManager {self._secret!r} region={self._region!r}>"
 
-    def __reduce__(self) -> NoReturn:
-        raise _not_to_be_pickled(self)
 
-
-class Redshift:
+class Redshift(_Provider):
     """A provider of temporary users and passwords for Redshift, provisioned or serverless.
 
     The user that comes back is not the one that was asked for (``IAM:app``), and the pool logs in as that one. Given
@@ -384,6 +385,7 @@ class Redshift:
             raise ValueError("Redshift: pass either cluster or workgroup")
         if workgroup is not None and (auto_create or groups):
             raise ValueError("Redshift: auto_create and groups are for provisioned clusters; leave them out")
+        super().__init__(region, profile, clock)
         self._cluster: Final = cluster
         self._workgroup: Final = workgroup
         self._user: Final = user
@@ -391,10 +393,6 @@ class Redshift:
         self._auto_create: Final = auto_create
         self._groups: Final = tuple(groups)
         self._token_lifetime: Final = _lifetime("Redshift", token_lifetime, *_REDSHIFT_LIFETIMES)
-        self._region: Final = region
-        self._profile: Final = profile
-        self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._account = Account(profile, self._clock)
 
     def bind(self, target: Target) -> Redshift:
         """Return a provider for `target`, which shares everything with this one."""
@@ -480,9 +478,6 @@ class Redshift:
         hint = refresh_at if isinstance(refresh_at, datetime) and refresh_at < ends else None
         return Credential(password, user=user, expires_at=ends, refresh_at=hint)
 
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
-
     async def aclose(self) -> None:
         """Close the connections to AWS, unless others share them; a later `fetch` opens new ones."""
         await self._account.aclose(self)
@@ -490,9 +485,6 @@ class Redshift:
     def __repr__(self) -> str:
         where = f"workgroup={self._workgroup!r}" if self._workgroup else f"cluster={self._cluster!r}"
         return f"<Redshift {where} user={self._user!r} region={self._region!r}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise _not_to_be_pickled(self)
 
 
 def _known(owner: str, host: str | None, user: str | None) -> tuple[str, str]:
@@ -505,11 +497,6 @@ def _known(owner: str, host: str | None, user: str | None) -> tuple[str, str]:
         )
     # The names of AWS are in lower case, and a dot at the end is for resolvers only.
     return host.rstrip(".").lower(), user
-
-
-def _not_to_be_pickled(provider: object) -> TypeError:
-    name = type(provider).__name__
-    return TypeError(f"a provider such as {name} belongs to its process and cannot be pickled; make one where needed")
 
 
 # Arguments
