@@ -122,7 +122,7 @@ class Connector:
         route, force_tls = self.route(dsn, arguments)
         if force_tls:
             arguments = {**arguments, "ssl": "require"}
-        if not self._is_custom:
+        if not self._is_custom and (force_tls or route.tls == "required"):
             context = self._tls.of(dsn, routing_arguments(arguments))
             if context is not None:
                 arguments = {**arguments, "ssl": context}

@@ -104,6 +104,11 @@ def is_supported() -> bool:
     return not lacking
 
 
+@functools.cache
+def _has_asyncpgs_reset(kind: type[AnyConnection]) -> bool:
+    return all(getattr(kind, name) is getattr(asyncpg.Connection, name) for name in _RESET_METHODS)
+
+
 class FastPath:
     """The fast way back into a pool.
 
@@ -132,7 +137,6 @@ class FastPath:
         self._resets: Final = resets
         self._done: Final[asyncio.Future[None]] = loop.create_future()
         self._done.set_result(None)
-        self._classes: Final[dict[type[AnyConnection], bool]] = {}
 
     def release(self, proxy: AnyProxy) -> Awaitable[None] | None:
         """Reset the connection of `proxy`, if anything was sent, and free its slot when that is done.
@@ -162,7 +166,7 @@ class FastPath:
         return self._reset(slot, connection, query) if query else None
 
     def _is_ordinary(self, slot: Slot, connection: Any) -> bool:
-        if slot._in_use is None or not self._is_plain(connection.__class__) or connection.is_closed():
+        if slot._in_use is None or not _has_asyncpgs_reset(connection.__class__) or connection.is_closed():
             return False
         protocol = connection._protocol
         return not (
@@ -194,13 +198,6 @@ class FastPath:
         self._queue.resetting += 1
         waiter.add_done_callback(functools.partial(self._finish, slot, connection, reset, None))
         return self._done
-
-    def _is_plain(self, kind: type[AnyConnection]) -> bool:
-        plain = self._classes.get(kind)
-        if plain is None:
-            plain = all(getattr(kind, name) is getattr(asyncpg.Connection, name) for name in _RESET_METHODS)
-            self._classes[kind] = plain
-        return plain
 
     def _finish(
         self,

@@ -49,11 +49,11 @@ class SlotQueue:
             return None
         if slots[-1].is_connected():
             return slots.pop()
-        return self._take_connected()
+        return self._take_last(connected=True)
 
-    def _take_connected(self) -> Slot | None:
+    def _take_last(self, *, connected: bool) -> Slot | None:
         for index in range(len(self._slots) - 1, -1, -1):
-            if self._slots[index].is_connected():
+            if self._slots[index].is_connected() is connected:
                 return self._slots.pop(index)
         return None
 
@@ -67,7 +67,7 @@ class SlotQueue:
                 return slot
 
     def _take(self) -> Slot | None:
-        slot = None if self._fair and self._waiting else self._take_connected()
+        slot = None if self._fair and self._waiting else self._take_last(connected=True)
         # Each reset that is under way serves one of those who wait.
         if slot is None and self._slots and self.resetting <= len(self._waiting):
             return self._slots.pop()
@@ -135,10 +135,10 @@ class SlotQueue:
         Raises:
             asyncio.QueueEmpty: There is none.
         """
-        for index in range(len(self._slots) - 1, -1, -1):
-            if not self._slots[index].is_connected():
-                return self._slots.pop(index)
-        raise asyncio.QueueEmpty
+        slot = self._take_last(connected=False)
+        if slot is None:
+            raise asyncio.QueueEmpty
+        return slot
 
     def qsize(self) -> int:
         """Return the number of slots that nobody has."""
