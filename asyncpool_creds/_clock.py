@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time as _time
+from datetime import UTC, datetime
 from typing import Final, Protocol
 
-__all__ = ["SYSTEM_CLOCK", "Clock", "SystemClock"]
+__all__ = ["SYSTEM_CLOCK", "Clock", "SystemClock", "utc_now"]
 
 
 class Clock(Protocol):
@@ -34,3 +35,8 @@ class SystemClock:
 
 
 SYSTEM_CLOCK: Final = SystemClock()
+
+
+def utc_now(clock: Clock) -> datetime:
+    """Return what the wall clock shows."""
+    return datetime.fromtimestamp(clock.time(), UTC)

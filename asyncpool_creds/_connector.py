@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeAlias
 
 import asyncpg
 
+from asyncpool_creds._clock import utc_now
 from asyncpool_creds._errors import CredentialError, InsecureTransport
 from asyncpool_creds._events import CredentialRefused, Observers
 from asyncpool_creds._manager import Stamp, TokenManager
@@ -225,7 +225,7 @@ class Connector:
     def _report(self, manager: TokenManager, stamp: Stamp, refusal: Exception, *, retrying: bool) -> None:
         self._observers(
             CredentialRefused(
-                at=datetime.fromtimestamp(manager.clock.time(), UTC),
+                at=utc_now(manager.clock),
                 fingerprint=stamp.credential.fingerprint,
                 generation=stamp.generation,
                 sqlstate=getattr(refusal, "sqlstate", None),

@@ -22,7 +22,7 @@ import anyio
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._alarm import Alarm
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialExpired, ManagerClosed, ProviderError, ProviderTimeout
 from asyncpool_creds._events import (
@@ -399,7 +399,7 @@ class TokenManager:
         invalidate_at(self._provider, stamp.credential)
         self._emit(
             CredentialInvalidated(
-                at=self._now(),
+                at=utc_now(self._clock),
                 provider=self._name,
                 fingerprint=stamp.credential.fingerprint,
                 generation=stamp.generation,
@@ -583,7 +583,7 @@ class TokenManager:
             self._warn_of_cuts(plan)
         self._emit(
             CredentialRefreshed(
-                at=self._now(),
+                at=utc_now(self._clock),
                 provider=self._name,
                 fingerprint=credential.fingerprint,
                 generation=stamp.generation,
@@ -610,7 +610,7 @@ class TokenManager:
         self._failure = _Failure(error, attempt, now + delay, now + hold)
         self._emit(
             RefreshFailed(
-                at=self._now(),
+                at=utc_now(self._clock),
                 provider=self._name,
                 error=str(error),
                 retryable=error.retryable,
@@ -645,9 +645,9 @@ class TokenManager:
         try:
             await revocation
         except ProviderError as error:
-            self._emit(RevocationFailed(at=self._now(), provider=self._name, error=str(error)))
+            self._emit(RevocationFailed(at=utc_now(self._clock), provider=self._name, error=str(error)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the credential ends by itself
-            self._emit(RevocationFailed(at=self._now(), provider=self._name, error=type(error).__name__))
+            self._emit(RevocationFailed(at=utc_now(self._clock), provider=self._name, error=type(error).__name__))
 
     # -- the alarm
 
@@ -730,9 +730,6 @@ class TokenManager:
     def _monotonic(self) -> float:
         return self._clock.monotonic()
 
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
-
     def _emit(self, event: Event) -> None:
         self._observers(event)
 
@@ -747,7 +744,7 @@ class TokenManager:
             self._warned_of += (setting,)
             self._emit(
                 ThresholdReduced(
-                    at=self._now(),
+                    at=utc_now(self._clock),
                     provider=self._name,
                     setting=setting,
                     requested=requested,

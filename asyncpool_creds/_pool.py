@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
@@ -20,7 +20,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
 from asyncpool_creds._events import (
     ConnectionOpened,
@@ -419,7 +419,7 @@ class CredentialPool(_Pool[RecordT]):
         session = self._sessions.get(connection)
         self._events(
             ConnectionOpened(
-                at=self._now(),
+                at=utc_now(self._clock),
                 generation=None if session is None or session.stamp is None else session.stamp.generation,
                 replacement=replacement,
                 duration=self._clock.monotonic() - started,
@@ -479,7 +479,7 @@ class CredentialPool(_Pool[RecordT]):
         if session is not None:
             self._events(
                 ConnectionRetired(
-                    at=self._now(),
+                    at=utc_now(self._clock),
                     generation=None if session.stamp is None else session.stamp.generation,
                     reason=reason,
                     age=self._clock.monotonic() - session.opened,
@@ -566,9 +566,6 @@ class CredentialPool(_Pool[RecordT]):
             age=self._clock.monotonic() - session.opened,
             seconds_left=left if left < math.inf else None,
         )
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 def _whole_call(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:

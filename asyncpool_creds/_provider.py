@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from asyncpool_creds._clock import Clock
+from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
 from asyncpool_creds._events import Observer
@@ -103,7 +102,7 @@ class FunctionProvider:
         return str(getattr(self._function, "__qualname__", type(self._function).__qualname__))
 
     async def fetch(self) -> Credential:
-        requested_at = datetime.fromtimestamp(self._clock.time(), UTC)
+        requested_at = utc_now(self._clock)
         answer = self._function()
         if inspect.isawaitable(answer):
             answer = await answer

@@ -7,7 +7,6 @@ import math
 import random
 import weakref
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Final, Literal, Protocol, TypeAlias
 
 import anyio
@@ -15,7 +14,7 @@ import asyncpg
 
 from asyncpool_creds import _policy
 from asyncpool_creds._alarm import Alarm
-from asyncpool_creds._clock import Clock
+from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._events import Observers, ReplacementFailed, RetireReason
 from asyncpool_creds._manager import Stamp
@@ -360,9 +359,7 @@ class Rotation:
             delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
         code = getattr(error, "sqlstate", None)
         name = type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
-        self._observers(
-            ReplacementFailed(at=datetime.fromtimestamp(self._clock.time(), UTC), error=name, retry_in=delay)
-        )
+        self._observers(ReplacementFailed(at=utc_now(self._clock), error=name, retry_in=delay))
         # What has ended serves nobody, and asyncpg 0.32 would keep it open for ever.
         for left, slot, reason in pending:
             if left <= 0 and slot.is_at_rest:

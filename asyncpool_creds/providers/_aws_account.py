@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
 from urllib.parse import urlencode
@@ -31,7 +31,7 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("the sources of AWS need aiobotocore: pip install 'asyncpool-creds[aws]'") from _missing
 
-from asyncpool_creds._clock import Clock
+from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds.providers._aws_errors import TIMEOUT, explained, refuses_keys
 
@@ -94,7 +94,7 @@ class Account:
         Raises:
             ProviderError: There is nothing to sign it with.
         """
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         async with self._session_for(f"{token.owner}: no token for {token.address}") as session:
             region = _region(session, token.region)
             keys = await session.get_credentials()
@@ -102,7 +102,7 @@ class Account:
                 raise botocore_exceptions.NoCredentialsError
             frozen = await keys.get_frozen_credentials()
             # The only place with the end of the credentials; no other task has run since they were frozen.
-            ends = _end_of_keys(keys, self._now())
+            ends = _end_of_keys(keys, utc_now(self._clock))
             request = _new_request(method="GET", url=f"https://{token.address}/?{urlencode(token.query)}")
             _new_signature(frozen, token.service, region, expires=token.life).add_auth(request)
         credential = Credential.from_token(request.url.removeprefix("https://"), user=user, requested_at=requested_at)
@@ -192,9 +192,6 @@ class Account:
             # One at a time: those that a cancelled call leaves are there for the next one.
             _, client = self._clients.popitem()
             await client.close()
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 # Clients inherited by a forked child: closing their sockets is the parent's business, so they are only kept.

@@ -8,7 +8,6 @@ import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from typing import Final, Protocol, cast
 
 # botocore ships no types: what is used of it is behind the protocol at the end of this module.
@@ -16,7 +15,7 @@ from typing import Final, Protocol, cast
 from botocore import exceptions as botocore_exceptions  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
-from asyncpool_creds._clock import Clock
+from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds.providers._retry_after import parse_retry_after
 
@@ -209,7 +208,7 @@ def _refusal(what: str, error: _ClientError, clock: Clock) -> ProviderError:
     return ProviderError(
         f"{what}: AWS refused {operation} (HTTP {status}, {code}: {message}); {advice}",
         retryable=retryable,
-        retry_after=parse_retry_after(headers.get("retry-after"), datetime.fromtimestamp(clock.time(), UTC)),
+        retry_after=parse_retry_after(headers.get("retry-after"), utc_now(clock)),
     )
 
 

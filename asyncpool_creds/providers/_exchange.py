@@ -8,11 +8,12 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 import anyio
 
+from asyncpool_creds._clock import utc_now
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, StorageFailed, log_event
 from asyncpool_creds.providers._token_endpoint import Answer, Failure, refresh_token_in
@@ -256,8 +257,8 @@ class Exchange:
         seen = (self._given, self._refused, self._passed_over)
         if any(one is not None and one.is_same_secret(credential) for one in seen):
             return None
-        due = _due(credential, known.obtained_at or self._now())
-        return credential if due is None or self._now() < due else None
+        due = _due(credential, known.obtained_at or utc_now(self._clock))
+        return credential if due is None or utc_now(self._clock) < due else None
 
     async def _exchange(self, known: StoredTokens | None) -> Credential:
         if (token := self._to_spend(known)) is not None:
@@ -284,7 +285,7 @@ class Exchange:
             return self._first if self._birth_process == os.getpid() else None
         if known.is_being_spent:
             return None
-        if known.expires_at is not None and self._can_log_in and known.expires_at <= self._now():
+        if known.expires_at is not None and self._can_log_in and known.expires_at <= utc_now(self._clock):
             return None
         return known.refresh_token
 
@@ -342,14 +343,16 @@ class Exchange:
         if self._warned_of is not None and abs(end - self._warned_of) <= _SAME_MOMENT:
             return
         ends_before_use = due is not None and end <= due
-        if ends_before_use or (_is_end_fixed(tokens, held) and end - self._now() <= _WARN_BEFORE):
+        if ends_before_use or (_is_end_fixed(tokens, held) and end - utc_now(self._clock) <= _WARN_BEFORE):
             self._warned_of = end
             advice = (
                 "somebody must log in again by then; the next fetch after it will ask for it"
                 if self._can_log_in
                 else f"log in again by then, and {self._new_login}"
             )
-            self._observer(RefreshTokenExpiring(at=self._now(), provider=self._source, expires_at=end, advice=advice))
+            self._observer(
+                RefreshTokenExpiring(at=utc_now(self._clock), provider=self._source, expires_at=end, advice=advice)
+            )
 
     # -- storing
 
@@ -410,15 +413,12 @@ class Exchange:
     def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception, so: str | None = None) -> None:
         what = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
         told = what if so is None else f"{what}; {so}"
-        self._observer(StorageFailed(at=self._now(), provider=self._source, action=action, error=told))
+        self._observer(StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=told))
 
     # -- small change
 
     def _login_needed(self, reason: str) -> ProviderError:
         return ProviderError(f"{self._source}: {reason}. A new login is needed: {self._new_login}", retryable=False)
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 class _StorageError(Exception):

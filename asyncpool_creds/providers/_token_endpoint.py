@@ -12,6 +12,7 @@ from urllib.parse import quote_plus
 
 import httpx
 
+from asyncpool_creds._clock import utc_now
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds.providers._document import earliest_end, parse_object
 from asyncpool_creds.providers._http import (
@@ -190,7 +191,7 @@ class TokenEndpoint:
     async def _post(self, url: str, form: dict[str, str]) -> Answer | Failure:
         headers = await self._authenticate(form)
         secrets = [form[name] for name in _SECRET_PARAMETERS if name in form]
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         response = await self._http.request("POST", url, headers=headers, form=form)
         if isinstance(response, Unanswered):
             return Failure(response.error, response.cause, lost=response.was_sent)
@@ -229,7 +230,7 @@ class TokenEndpoint:
                 f"{self._source}: no metadata of issuer {self._issuer!r} (HTTP {status}); "
                 "check the identifier, or pass token_url",
                 retryable=is_transient(status),
-                retry_after=retry_after(response, self._now()),
+                retry_after=retry_after(response, utc_now(self._clock)),
             )
         return self._read_metadata(parse_object(response.content))
 
@@ -276,7 +277,7 @@ class TokenEndpoint:
     ) -> Failure:
         where, status = without_query(str(response.request.url)), response.status_code
         code, description = _complaint(members)
-        wait = retry_after(response, self._now())
+        wait = retry_after(response, utc_now(self._clock))
         if self._is_discovered and not code and not is_transient(status):
             # Whatever speaks there, it is no token endpoint any more: the next request looks for it anew.
             self._addresses = None
@@ -316,9 +317,6 @@ class TokenEndpoint:
                 text = text.replace(form, "[redacted]")
         text = " ".join(_JWT.sub("[redacted]", text).split())
         return text if len(text) <= _LONGEST_DESCRIPTION else f"{text[:_LONGEST_DESCRIPTION]}..."
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 def _complaint(members: Mapping[str, object]) -> tuple[object, object]:

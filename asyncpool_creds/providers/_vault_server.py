@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final, cast
 
 import anyio
 import httpx
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, RevocationFailed, log_event
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -109,7 +109,7 @@ class Vault:
             raise ValueError(f"{name}: namespace has a space, a line break or something else that no namespace has")
         self._http: Final = HttpClient("vault", timeout=timeout, make_client=http_client)
         self._timeout: Final = parse_seconds(name, "timeout", timeout)
-        self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
+        self.clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
         self._process = os.getpid()
         self._tried: str | None = None  # the token with which something was read, or tried to
         self._warned_of: str | None = None
@@ -120,9 +120,6 @@ class Vault:
     def where(self) -> str:
         """The server and the namespace, for a repr."""
         return self._address if self._namespace is None else f"{self._address} namespace={self._namespace}"
-
-    def now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
     def leave_parent(self) -> bool:
         """Forget what is the parent's, if this process is a fork; return whether it is."""
@@ -136,7 +133,7 @@ class Vault:
     async def token(self, needed: timedelta = timedelta()) -> Token:
         """Return a token that is good: renewed if it ends before `needed`, replaced if most of its term is over."""
         held = self.held
-        if held is None or (held.expires_at is not None and held.expires_at <= self.now()):
+        if held is None or (held.expires_at is not None and held.expires_at <= utc_now(self.clock)):
             held = await self._log_in()
             if not held.is_renewable:
                 return held
@@ -155,7 +152,7 @@ class Vault:
         return fresh
 
     def _ends_within(self, life: timedelta, token: Token) -> bool:
-        return token.expires_at is not None and token.expires_at - self.now() < life
+        return token.expires_at is not None and token.expires_at - utc_now(self.clock) < life
 
     async def _renew(self, token: Token) -> Token:
         """Return the token with a later end, if Vault gives it one."""
@@ -233,7 +230,9 @@ class Vault:
             self._warned_of = token.secret
             advice = f"the Vault token ends, and whatever depends on it; {advice}"
             self.observer(
-                RefreshTokenExpiring(at=self.now(), provider=self._name, expires_at=token.expires_at, advice=advice)
+                RefreshTokenExpiring(
+                    at=utc_now(self.clock), provider=self._name, expires_at=token.expires_at, advice=advice
+                )
             )
 
     # Requests
@@ -291,7 +290,7 @@ class Vault:
             headers["X-Vault-Token"] = token.secret
         if self._namespace is not None:
             headers["X-Vault-Namespace"] = self._namespace
-        requested_at = self.now()
+        requested_at = utc_now(self.clock)
         response = await self._http.request(
             method, f"{self._address}/v1/{path}", headers=headers, document=None if document is None else dict(document)
         )
@@ -325,7 +324,7 @@ class Vault:
                 503: "is sealed, or starting; if nobody is at it, have it unsealed",
             }
             reason = reasons.get(status, "or what is behind it is in trouble; see the server's log")
-            wait = retry_after(response, self.now())
+            wait = retry_after(response, utc_now(self.clock))
             return ProviderError(f"vault: {self._address} {reason} ({path}, {told})", retry_after=wait)
         if status == 404:
             message = f"vault: there is no {path} ({told}); {advice}, and the namespace"
@@ -368,7 +367,7 @@ class Vault:
                 self._report(str(answer.error))
 
     def _report(self, error: str) -> None:
-        self.observer(RevocationFailed(at=self.now(), provider=self._name, error=error))
+        self.observer(RevocationFailed(at=utc_now(self.clock), provider=self._name, error=error))
 
 
 def _complaint(members: Mapping[str, object], secrets: list[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NoReturn
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._provider import Target
@@ -58,9 +58,6 @@ class _Provider:
         raise TypeError(
             f"a provider such as {name} belongs to its process and cannot be pickled; make one where needed"
         )
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 class _Signer(_Provider):
@@ -290,7 +287,7 @@ class SecretsManager(_Provider):
             ProviderError: AWS did not give the secret, or there is no password in it.
             ProviderTimeout: AWS did not answer in time.
         """
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         answer = await self._account.ask(
             self,
             f"SecretsManager: the secret {self._secret!r} was not read",
@@ -448,7 +445,7 @@ class Redshift(_Provider):
         if self._groups:
             request["DbGroups"] = list(self._groups)
         what = f"Redshift: no password for {user!r} of the cluster {cluster!r}"
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         answer = await self._account.ask(
             self, what, "redshift", self._region, lambda client: client.get_cluster_credentials(**request)
         )
@@ -459,7 +456,7 @@ class Redshift(_Provider):
         if self._database is not None:
             request["dbName"] = self._database
         what = f"Redshift: no password for the workgroup {workgroup!r}"
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         answer = await self._account.ask(
             self, what, "redshift-serverless", self._region, lambda client: client.get_credentials(**request)
         )

@@ -28,7 +28,7 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("Entra needs azure-identity and aiohttp: pip install 'asyncpool-creds[azure]'") from _missing
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -184,7 +184,7 @@ class Entra:
 
     async def _fetch(self) -> Credential:
         source = await self._open()
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         try:
             token = await self._ask(source)
             if token.value == self._refused or (token.value == self._last and token.is_due(requested_at)):
@@ -251,7 +251,7 @@ class Entra:
 
     async def _ask_past_the_cache(self, source: _AnyCredential, held: _Token) -> _Token:
         try:
-            return await self._ask(source, _issued_from(self._now()))
+            return await self._ask(source, _issued_from(utc_now(self._clock)))
         except AzureError as error:
             if any(self._evidence(error)):
                 raise
@@ -292,15 +292,12 @@ class Entra:
         where = "Entra" if answer is None else answer.host
         told = ", ".join(filter(None, (None if answer is None else f"HTTP {answer.status}", code)))
         if code in _TRANSIENT_CODES or (answer is not None and answer.is_transient):
-            wait = parse_retry_after(answer.retry_after, self._now()) if answer else None
+            wait = parse_retry_after(answer.retry_after, utc_now(self._clock)) if answer else None
             return ProviderError(f"azure: {where} is in trouble ({told}); it is asked again later", retry_after=wait)
         if answer is not None and answer.status < 400:
             return ProviderError(f"azure: {where} answered with something that is no token ({told}); is it a proxy?")
         advice = _NO_IDENTITY if code is None else _ADVICE.get(code, "see Microsoft's list of AADSTS error codes")
         return ProviderError(f"azure: {where} refused ({told}); {advice}", retryable=False)
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 @dataclass(frozen=True, slots=True)

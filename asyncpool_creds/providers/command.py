@@ -14,13 +14,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final, NoReturn, cast
 
 import anyio
 import anyio.to_thread
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -111,7 +111,7 @@ class Command:
                 printed nothing, or was cut short; False if it cannot be run, or prints something else.
             ProviderTimeout: It took longer than `timeout`.
         """
-        requested_at = datetime.fromtimestamp(self._clock.time(), UTC)
+        requested_at = utc_now(self._clock)
         run = _Run(self._arguments, {_EXEC_INFO: _NOT_INTERACTIVE, **os.environ, **self._env}, self._timeout)
         # A task that nobody else can cancel: however often the caller is, the processes are ended.
         running = asyncio.create_task(run.off_the_loop(), name=f"asyncpool_creds: run {self._program}")

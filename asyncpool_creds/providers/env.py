@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, NoReturn
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds.providers._arguments import check_text
@@ -68,7 +68,7 @@ class Environment:
         """
         user = self._user if self._user_variable is None else _value_of(self._user_variable)
         password = _value_of(self._variable)
-        now = datetime.fromtimestamp(self._clock.time(), UTC)
+        now = utc_now(self._clock)
         return Credential.from_token(password, user=user, requested_at=now)
 
 

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final, Literal, NoReturn, cast
 
 import anyio
 import anyio.to_thread
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -112,7 +112,7 @@ class File:
                 missing, being written, or its file system is in trouble.
         """
         content = await self._read_when_settled()
-        now = datetime.fromtimestamp(self._clock.time(), UTC)
+        now = utc_now(self._clock)
         if self._latest is None or self._latest[0] != content.password:
             self._latest = (content.password, now)
         # A life that a token states is counted from when it was first seen, not anew with every look at it.

@@ -28,7 +28,7 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("CloudSQLIAM needs google-auth and requests: pip install 'asyncpool-creds[gcp]'") from _missing
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -139,7 +139,7 @@ class CloudSQLIAM:
         self._hanging = [errand for errand in self._hanging if errand.is_hanging]
         if len(self._hanging) >= _MAX_HANGING:
             raise ProviderTimeout(f"gcp: the last {len(self._hanging)} requests still hang; no further one is made yet")
-        requested_at = self._now()
+        requested_at = utc_now(self._clock)
         errand = _Errand(self._credentials, self._scope, self._timeout, requested_at)
         try:
             with anyio.move_on_after(self._timeout):
@@ -168,9 +168,6 @@ class CloudSQLIAM:
             return Credential(token.value, user=user, expires_at=expires_at, refresh_at=refresh_at)
         except ValueError:
             raise ProviderError("gcp: the token has characters that no server accepts as a password") from None
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 def _user_of(email: str) -> str:

@@ -16,7 +16,7 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("Globus needs httpx: pip install 'asyncpool-creds[globus]'") from _missing
 
-from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
+from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshFailed, log_event
@@ -172,7 +172,7 @@ class Globus:
             )
         if requested_at is not None and requested_at.utcoffset() is None:
             raise ValueError("Globus: requested_at is naive; give it a time zone, as in datetime.now(timezone.utc)")
-        at = self._now() if requested_at is None else requested_at.astimezone(UTC)
+        at = utc_now(self._clock) if requested_at is None else requested_at.astimezone(UTC)
         answers = _by_resource(Answer(at, response))
         if answers is None:
             raise ValueError(
@@ -306,9 +306,6 @@ class Globus:
             return key
         return f"{key}#{hashlib.sha256(' '.join(sorted(scope.split())).encode()).hexdigest()[:16]}"
 
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
-
 
 class GlobusResource:
     """The provider of the token for one resource server; `Globus.resource` makes it.
@@ -382,7 +379,7 @@ class GlobusResource:
         except Exception:  # noqa: BLE001 - the exchange has reported it
             return None
         credential = None if tokens is None else tokens.credential
-        if credential is None or (credential.expires_at is not None and credential.expires_at <= self._now()):
+        if credential is None or (credential.expires_at is not None and credential.expires_at <= utc_now(self._clock)):
             return None
         if any(seen is not None and seen.is_same_secret(credential) for seen in (self._given, self._refused)):
             return None
@@ -391,7 +388,7 @@ class GlobusResource:
     def _report(self, error: ProviderError) -> None:
         self._observer(
             RefreshFailed(
-                at=self._now(),
+                at=utc_now(self._clock),
                 provider=f"globus {self._name}",
                 error=str(error),
                 retryable=error.retryable,
@@ -400,9 +397,6 @@ class GlobusResource:
                 still_valid=True,
             )
         )
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.time(), UTC)
 
 
 @dataclass(frozen=True, slots=True)

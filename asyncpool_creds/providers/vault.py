@@ -12,7 +12,7 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("the Vault providers need httpx: pip install 'asyncpool-creds[vault]'") from _missing
 
-from asyncpool_creds._clock import Clock
+from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer
@@ -269,7 +269,7 @@ class VaultDatabase(_Provider):
         return lease.credential
 
     def _forget_ended(self) -> None:
-        now = self._vault.now()
+        now = utc_now(self._vault.clock)
         self._leases = {
             identifier: lease
             for identifier, lease in self._leases.items()
