@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
@@ -31,7 +30,7 @@ from asyncpool_creds._events import (
     Observers,
     RetireReason,
 )
-from asyncpool_creds._fastpath import FastPath, is_supported, watch
+from asyncpool_creds._fastpath import FastPath, is_supported, watch, whole_call
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 from asyncpool_creds._queue import SlotQueue
@@ -374,7 +373,10 @@ class CredentialPool(_Pool[RecordT]):
         if timeout is not None or not self._checks_out_itself or self._closing:
             return await super()._acquire(timeout)
         self._check_init()
-        slot = self._slot_queue.take_ready() or await self._slot_queue.get()
+        proxy = self._slot_queue.check_out()
+        if proxy is not None:
+            return proxy
+        slot = await self._slot_queue.get()
         proxy = slot.check_out()
         if proxy is not None:
             return proxy
@@ -396,7 +398,10 @@ class CredentialPool(_Pool[RecordT]):
         done = None
         if timeout is None and self._fast_path is not None:
             done = self._fast_path.release(connection)
-        await (super().release(connection, timeout=timeout) if done is None else done)
+        if done is None:
+            await super().release(connection, timeout=timeout)
+        elif not done.done():
+            await done
 
     async def _get_new_connection(self) -> AnyConnection:
         return await self._rotation.take_spare() or await self._new_connection(replacement=False)
@@ -568,23 +573,8 @@ class CredentialPool(_Pool[RecordT]):
         )
 
 
-def _whole_call(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """Return asyncpg's method `name` of a pool, which does it on a connection of its own, without a detour."""
-
-    @functools.wraps(getattr(asyncpg.Pool, name))
-    async def call(self: CredentialPool[Any], *arguments: Any, **keywords: Any) -> Any:
-        proxy = await self._acquire(None)  # pyright: ignore[reportPrivateUsage]
-        try:
-            return await getattr(proxy, name)(*arguments, **keywords)
-        finally:
-            await self.release(proxy)
-
-    return call
-
-
-# Two coroutines and an object less for each call than through a block of `acquire`.
 for _name in ("execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval"):
-    setattr(CredentialPool, _name, _whole_call(_name))
+    setattr(CredentialPool, _name, whole_call(_name))
 
 
 def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from asyncpool_creds._handoff import Handoff
-from asyncpool_creds._slots import Slot
+from asyncpool_creds._handoff import hand_over
+from asyncpool_creds._slots import AnyProxy, Slot
 
 __all__ = ["SlotQueue"]
 
@@ -33,8 +33,9 @@ class SlotQueue:
 
     def __init__(self, *, fair: bool) -> None:
         self._slots: Final[list[Slot]] = []
-        self._waiting: Final[deque[Handoff[Slot | None]]] = deque()
-        self._served: list[Handoff[Slot | None]] | None = None
+        self._waiting: Final[deque[asyncio.Future[Slot | None]]] = deque()
+        self._served: Final[list[tuple[asyncio.Future[Slot | None], Slot | None]]] = []
+        self._is_held = False
         self._fair: Final = fair
         self.resetting = 0
 
@@ -42,14 +43,15 @@ class SlotQueue:
         """Begin with `slots`, the last of them first."""
         self._slots.extend(slots)
 
-    def take_ready(self) -> Slot | None:
-        """Return a slot with a connection, if nobody has to wait for one."""
+    def check_out(self) -> AnyProxy | None:
+        """Return the connection that is to go out next, if nobody has to wait for anything; else there is `get`."""
         slots = self._slots
-        if self._waiting or not slots:
+        if not slots or self._waiting:
             return None
-        if slots[-1].is_connected():
-            return slots.pop()
-        return self._take_last(connected=True)
+        proxy = slots[-1].check_out()
+        if proxy is not None:
+            slots.pop()
+        return proxy
 
     def _take_last(self, *, connected: bool) -> Slot | None:
         for index in range(len(self._slots) - 1, -1, -1):
@@ -61,10 +63,27 @@ class SlotQueue:
 
     async def get(self) -> Slot:
         """Return a slot, as soon as it is the caller's turn."""
-        while True:
-            slot = self._take() or await self._wait()
-            if slot is not None:
-                return slot
+        slot = self._take()
+        while slot is None:
+            loop = asyncio.get_running_loop()
+            turn: asyncio.Future[Slot | None] = loop.create_future()
+            self._waiting.append(turn)
+            impatience = loop.call_later(_PATIENCE, self._serve_vacant, turn) if self._slots else None
+            try:
+                slot = await turn or self._take()
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    # It was handed over, but he is gone.
+                    slot = turn.result()
+                    if slot is not None:
+                        self.put_nowait(slot)
+                    elif self._slots:
+                        self._serve(None)
+                raise
+            finally:
+                if impatience is not None:
+                    impatience.cancel()
+        return slot
 
     def _take(self) -> Slot | None:
         slot = None if self._fair and self._waiting else self._take_last(connected=True)
@@ -72,26 +91,6 @@ class SlotQueue:
         if slot is None and self._slots and self.resetting <= len(self._waiting):
             return self._slots.pop()
         return slot
-
-    async def _wait(self) -> Slot | None:
-        loop = asyncio.get_running_loop()
-        waiter: Handoff[Slot | None] = Handoff(loop)
-        self._waiting.append(waiter)
-        impatience = loop.call_later(_PATIENCE, self._serve_vacant, waiter) if self._slots else None
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                # It was handed over, but he is gone.
-                slot = waiter.result()
-                if slot is not None:
-                    self.put_nowait(slot)
-                elif self._slots:
-                    self._serve(None)
-            raise
-        finally:
-            if impatience is not None:
-                impatience.cancel()
 
     def put_nowait(self, slot: Slot) -> None:
         """Take `slot` back, or hand it to whoever waits longest."""
@@ -103,31 +102,36 @@ class SlotQueue:
 
     def _serve(self, slot: Slot | None) -> bool:
         while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():  # or he was cancelled a moment ago
-                waiter.settle(slot)
-                if self._served is None:
-                    waiter.resume_soon()
+            turn = self._waiting.popleft()
+            if not turn.done():  # or he was cancelled a moment ago
+                if self._is_held:
+                    self._served.append((turn, slot))
                 else:
-                    self._served.append(waiter)
+                    turn.set_result(slot)
                 return True
         return False
 
-    def _serve_vacant(self, waiter: Handoff[Slot | None]) -> None:
-        if self._slots and not waiter.done():
-            self._waiting.remove(waiter)
-            waiter.settle(self._slots.pop())
-            waiter.resume()
+    def _serve_vacant(self, turn: asyncio.Future[Slot | None]) -> None:
+        if self._slots and not turn.done():
+            self._waiting.remove(turn)
+            hand_over(turn, self._slots.pop())
 
     def hold(self) -> None:
         """Let nobody go on who is served from now on, until `let_go`."""
-        self._served = []
+        self._is_held = True
 
     def let_go(self) -> None:
         """Let those go on who have been served meanwhile, at once: for callbacks of the event loop only."""
-        served, self._served = self._served, None
-        for waiter in served or ():
-            waiter.resume()
+        self._is_held = False
+        while self._served:
+            turn, slot = self._served.pop(0)
+            if not turn.done():
+                hand_over(turn, slot)
+            # One who went on before him has cancelled him.
+            elif slot is not None:
+                self.put_nowait(slot)
+            else:
+                self._serve(None)
 
     def get_disconnected_nowait(self) -> Slot:
         """Return a slot without a connection, for asyncpg 0.32 to connect.

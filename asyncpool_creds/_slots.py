@@ -49,7 +49,6 @@ _RETIRED: Final = -1
 # Called by their names: on the way that every acquire and release takes, super() costs as much as what it finds.
 _acquire: Final = _Holder.acquire
 _release: Final = _Holder.release
-_put_back: Final = _Holder._release  # pyright: ignore[reportPrivateUsage]
 
 
 class Calm:
@@ -80,28 +79,23 @@ class IdleTimer:
     Args:
         loop: The event loop.
         lifetime: Seconds of rest after which a connection is closed.
-        deactivate: Closes it.
+        slot: The slot.
     """
 
-    __slots__ = ("_deactivate", "_handle", "_lifetime", "_loop", "_since")
+    __slots__ = ("_handle", "_lifetime", "_loop", "_since", "_slot")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, lifetime: float, deactivate: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, lifetime: float, slot: Slot) -> None:
         self._loop = loop
         self._lifetime = lifetime
-        self._deactivate = deactivate
-        self._handle: asyncio.TimerHandle | None = None
-        self._since: float | None = None
-        self.start()
+        self._slot = slot
+        self._since: float = loop.time()
+        self._handle: asyncio.TimerHandle | None = loop.call_later(lifetime, self._look)
 
     def start(self) -> None:
         """The connection is at rest from now on."""
         self._since = self._loop.time()
         if self._handle is None:
             self._handle = self._loop.call_later(self._lifetime, self._look)
-
-    def pause(self) -> None:
-        """The connection is in use."""
-        self._since = None
 
     def cancel(self) -> None:
         """Forget it: what asyncpg calls."""
@@ -110,13 +104,13 @@ class IdleTimer:
 
     def _look(self) -> None:
         self._handle = None
-        if self._since is None:
+        if self._slot.is_in_use:
             return  # the next start sets it again
         left = self._since + self._lifetime - self._loop.time()
         if left > 0:
             self._handle = self._loop.call_later(left, self._look)
         else:
-            self._deactivate()
+            self._slot.deactivate()
 
 
 class SlotOwner(Protocol):
@@ -205,6 +199,11 @@ class Slot(_Holder):
         return self._con is not None and self._proxy is None and self._in_use is None and not self._con.is_closed()
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether somebody has the connection, or it is on its way back."""
+        return self._in_use is not None
+
+    @property
     def is_resetting(self) -> bool:
         """Whether a connection is here that comes back as soon as the server has acknowledged its reset."""
         return self._con is not None and self._proxy is None and self._in_use is not None
@@ -244,12 +243,16 @@ class Slot(_Holder):
         if self._con is not None:
             self._setup_inactive_callback()
 
+    def deactivate(self) -> None:
+        """Close a connection that has been at rest for long enough."""
+        self._deactivate_inactive_connection()
+
     def _setup_inactive_callback(self) -> None:
         if self._inactive_callback is not None:
             self._inactive_callback.start()
         elif self._max_inactive_time:
             loop: asyncio.AbstractEventLoop = self._pool._loop
-            self._inactive_callback = IdleTimer(loop, self._max_inactive_time, self._deactivate_inactive_connection)
+            self._inactive_callback = IdleTimer(loop, self._max_inactive_time, self)
 
     def check_out(self) -> AnyProxy | None:
         """Do what `acquire` does where there is nothing to await, or return None."""
@@ -266,8 +269,6 @@ class Slot(_Holder):
             )
         ):
             return None
-        if self._inactive_callback is not None:
-            self._inactive_callback.pause()
         self._proxy = proxy = PoolConnectionProxy(self, connection)
         self._in_use = pool._loop.create_future()
         self._timeout = None
@@ -363,26 +364,24 @@ class Slot(_Holder):
         await asyncio.shield(self._in_use)
 
     def rejoin(self) -> None:
-        """Free the slot after a reset; its connection goes to the next one, unless it has reached its end meanwhile."""
-        owner: SlotOwner = self._pool
-        calm = owner.calm
-        if calm.monotonic() >= calm.until or calm.time() >= calm.until_wall:
-            # Room is made where the slot stays taken until the connection is closed: in a release of asyncpg's.
-            reason = owner.end_of(self._con)
-            if reason is not None:
-                owner.retire(self._con, reason)
-                owner.close_later(self.vacate())
-                self._release()
-                owner.restore_floor()
-                return
+        """Free the slot after a reset; a connection that has reached its end meanwhile is not handed out from it."""
         self._release()
         self._setup_inactive_callback()
 
     def _release(self) -> None:
-        _put_back(self)
+        in_use = self._in_use
+        if in_use is None:
+            return
+        self._in_use = None
+        if not in_use.done():
+            in_use.set_result(None)
+        if self._proxy is not None:
+            self._proxy._detach()
+            self._proxy = None
+        pool = self._pool
+        pool._queue.put_nowait(self)
         # The slot is in the queue, and nobody has seen it there yet: a replacement that waits for it goes in first.
-        owner: SlotOwner = self._pool
-        owner.released(self)
+        pool.released(self)
 
     async def connect(self) -> None:
         owner: SlotOwner = self._pool

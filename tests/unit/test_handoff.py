@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextvars
 
-import anyio
 import pytest
 
-from asyncpool_creds._handoff import Handoff
+from asyncpool_creds._handoff import hand_over
 
 pytestmark = pytest.mark.anyio
 
 
 class Stage:
-    """A task that waits for a handoff, and what happens in which order."""
+    """A task that waits for a future, and what happens in which order."""
 
     def __init__(self):
-        self.handoff = Handoff(asyncio.get_running_loop())
+        self.future = asyncio.get_running_loop().create_future()
         self.seen = []
         self.task = asyncio.create_task(self._wait())
 
     async def _wait(self):
         try:
-            self.seen.append(await self.handoff)
+            self.seen.append(await self.future)
         except BaseException as error:
             self.seen.append(error)
             raise
@@ -52,82 +51,73 @@ async def stage():
     await asyncio.wait([stage.task])
 
 
-async def test_whoever_is_resumed_goes_on_at_once(stage):
-    await stage.in_a_callback(lambda: stage.handoff.settle("it"), stage.handoff.resume)
+async def test_whoever_waits_goes_on_at_once(stage):
+    await stage.in_a_callback(lambda: hand_over(stage.future, "it"))
 
     assert stage.seen == ["it", "the callback ends"]
 
 
-async def test_whoever_is_resumed_soon_goes_on_in_the_next_turn(stage):
-    await stage.in_a_callback(lambda: stage.handoff.settle("it"), stage.handoff.resume_soon)
+async def test_he_goes_on_once(stage):
+    await stage.in_a_callback(lambda: hand_over(stage.future, "it"))
+    for _ in range(3):
+        await asyncio.sleep(0)
 
-    assert stage.seen == ["the callback ends", "it"]
-
-
-async def test_an_error_is_raised(stage):
-    await stage.in_a_callback(lambda: stage.handoff.fail(OSError("broken")), stage.handoff.resume)
-
-    assert isinstance(stage.task.exception(), OSError)
+    assert stage.seen == ["it", "the callback ends"]
+    assert stage.task.done() and stage.task.exception() is None
 
 
-async def test_what_is_there_already_is_not_waited_for():
-    handoff = Handoff(asyncio.get_running_loop())
-    handoff.settle("it")
-    handoff.resume()  # nobody is there yet
+async def test_what_is_handed_to_nobody_is_there_for_whoever_comes():
+    future = asyncio.get_running_loop().create_future()
 
-    waiting = handoff.__await__()
-    with pytest.raises(StopIteration) as stopped:
-        next(waiting)
-    assert stopped.value.value == "it"
+    hand_over(future, "it")
+
+    assert await future == "it"
 
 
-@pytest.mark.parametrize("message", [None, "enough"])
-async def test_whoever_is_cancelled_stops_waiting(stage, message):
-    assert stage.task.cancel(message) and not stage.task.done()
-    await asyncio.wait([stage.task])
+async def test_whoever_is_cancelled_in_the_same_moment_has_had_it(stage):
+    await stage.in_a_callback(lambda: hand_over(stage.future, "it"), stage.task.cancel)
 
-    assert stage.task.cancelled()
-    assert stage.handoff.done() and stage.handoff.cancelled()
-    assert stage.seen[0].args == (() if message is None else (message,))
-    stage.handoff.resume()  # nobody is there any more
-
-
-async def test_what_was_handed_over_is_still_there_if_its_taker_is_cancelled_before_he_goes_on(stage):
-    await stage.in_a_callback(lambda: stage.handoff.settle("it"), stage.handoff.resume_soon, stage.task.cancel)
-
-    assert stage.task.cancelled()
-    assert not stage.handoff.cancelled()
-    assert stage.handoff.result() == "it"
-
-
-@pytest.mark.parametrize("limit", [asyncio.timeout, anyio.fail_after])
-async def test_a_time_limit_ends_the_wait(limit):
-    handoff = Handoff(asyncio.get_running_loop())
-
-    with pytest.raises(TimeoutError):
-        if limit is asyncio.timeout:
-            async with limit(1):
-                await handoff
-        else:
-            with limit(1):
-                await handoff
-
-    assert handoff.cancelled()
+    assert stage.seen == ["it", "the callback ends"]
+    assert not stage.task.cancelled()
 
 
 async def test_the_task_goes_on_in_its_own_context():
     name = contextvars.ContextVar("name", default="somebody else's")
-    handoff = Handoff(asyncio.get_running_loop())
+    future = asyncio.get_running_loop().create_future()
 
     async def wait():
-        name.set("its own")
-        await handoff
-        return name.get(), asyncio.current_task()
+        name.set("mine")
+        await future
+        return name.get()
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
-    handoff.settle(None)
-    asyncio.get_running_loop().call_soon(handoff.resume)
+    asyncio.get_running_loop().call_soon(hand_over, future, "it")
 
-    assert await task == ("its own", task)
-    assert name.get() == "somebody else's"
+    assert await task == "mine"
+
+
+async def test_where_a_future_hides_who_awaits_it_he_goes_on_in_the_next_turn():
+    class Opaque:
+        """A future of an event loop that is not built on asyncio's."""
+
+        def __init__(self):
+            self._inner = asyncio.get_running_loop().create_future()
+
+        def set_result(self, value):
+            self._inner.set_result(value)
+
+        def __await__(self):
+            return self._inner.__await__()
+
+    future, seen = Opaque(), []
+
+    async def wait():
+        seen.append(await future)
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    hand_over(future, "it")
+    assert seen == []
+    await task
+    assert seen == ["it"]

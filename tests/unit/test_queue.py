@@ -21,6 +21,9 @@ class Slot:
     def is_connected(self):
         return self.connected
 
+    def check_out(self):
+        return self if self.connected else None
+
     def __repr__(self):
         return self.name
 
@@ -50,14 +53,14 @@ async def test_the_last_one_back_goes_out_first_and_those_with_a_connection_befo
 
 async def test_what_is_ready_is_taken_at_once_but_not_past_somebody_who_waits():
     ready, vacant = Slot("ready"), Slot("vacant", connected=False)
-    queue = queue_of(ready, vacant)
+    queue = queue_of(vacant, ready)
 
-    assert queue.take_ready() is ready
-    assert queue.take_ready() is None
+    assert queue.check_out() is ready
+    assert queue.check_out() is None
     assert await queue.get() is vacant
     (waiter,) = await waiting(queue, 1)
     queue.put_nowait(ready)
-    assert queue.take_ready() is None
+    assert queue.check_out() is None
     assert await waiter is ready
 
 
@@ -123,7 +126,7 @@ async def test_a_slot_handed_to_the_only_one_who_waits_comes_back_if_he_is_cance
     waiter.cancel()
     await asyncio.wait([waiter])
 
-    assert queue.take_ready() is slot
+    assert queue.check_out() is slot
 
 
 async def test_nobody_connects_while_a_connection_is_on_its_way_back():
@@ -169,6 +172,33 @@ async def test_whoever_is_served_by_a_callback_goes_on_when_that_has_nothing_mor
     assert seen == ["put back", slot, "nothing more"]
 
 
+@pytest.mark.parametrize("fair", [True, False])
+async def test_a_slot_is_not_lost_if_whoever_is_to_have_it_is_cancelled_by_one_who_goes_on_before_him(fair):
+    slots = Slot("slot"), Slot("other")
+    queue = queue_of(fair=fair)
+
+    async def take_and_cancel():
+        taken = await queue.get()
+        second.cancel()
+        return taken
+
+    first = asyncio.create_task(take_and_cancel())
+    await asyncio.sleep(0)
+    second, third = await waiting(queue, 2)
+
+    def give_back():
+        queue.hold()
+        for slot in slots:
+            queue.put_nowait(slot)
+        queue.let_go()
+
+    asyncio.get_running_loop().call_soon(give_back)
+    with pytest.raises(asyncio.CancelledError):
+        await second
+
+    assert {await first, await third} == set(slots)
+
+
 async def test_asyncpgs_floor_gets_slots_without_a_connection_alone():
     connected, vacant = Slot("connected"), Slot("vacant", connected=False)
     queue = queue_of(vacant, connected)
@@ -176,7 +206,7 @@ async def test_asyncpgs_floor_gets_slots_without_a_connection_alone():
     assert queue.get_disconnected_nowait() is vacant
     with pytest.raises(asyncio.QueueEmpty):
         queue.get_disconnected_nowait()
-    assert queue.take_ready() is connected
+    assert queue.check_out() is connected
 
 
 @pytest.mark.parametrize("fair", [True, False])
@@ -189,7 +219,7 @@ async def test_in_a_storm_of_cancellations_no_slot_is_lost_and_none_given_twice(
 
     async def work():
         for _ in range(20):
-            slot = queue.take_ready() or await queue.get()
+            slot = queue.check_out() or await queue.get()
             assert slot not in held
             held.add(slot)
             try:
