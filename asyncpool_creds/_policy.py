@@ -52,6 +52,9 @@ PERMANENT_HOLD: Final = 30.0
 # azure-identity's floor between two attempts that yield the same token.
 SAME_SECRET_FLOOR: Final = 30.0
 LIFETIME_JITTER: Final = 0.05
+# The gap after a background connect, in its own durations: of a hundred callers, one can meet it.
+COURTESY: Final = 99
+# Seconds; a slow server takes long for a connect, but not the loop's time.
 COURTESY_CAP: Final = 0.5
 
 
@@ -215,16 +218,18 @@ def first_gap(*, ahead: int, window: float | None, per_second: float) -> float:
     return wait if window is None else min(wait, max(window, 0.0) / 5)
 
 
-def replacement_gap(*, pending: int, window: float | None, cost: float, per_second: float, chance: float) -> float:
+def replacement_gap(
+    *, pending: int, window: float | None, spread: bool, cost: float, per_second: float, chance: float
+) -> float:
     """Return the seconds to wait between two background connects.
 
-    Spreads the `pending` ones over four fifths of the `window` that is left until the first of
-    them ends, jittered; never faster than `per_second`; where there is no hurry, nine times
-    as long as the last connect took (half a second at most), so that callers do not feel it.
+    Never faster than `per_second`. With `spread`, the `pending` ones take four fifths of the `window` that is left
+    until the first of them ends, jittered. Without, or where there is no window, it is ninety-nine times as long as
+    the last connect took, half a second at most, so that callers do not feel it; or less, if time gets short.
     """
     cap = 1 / per_second
-    courtesy = min(cost * 9, COURTESY_CAP)
+    courtesy = min(cost * COURTESY, COURTESY_CAP)
     if window is None:
         return max(cap, courtesy)
     even = max(window, 0.0) * 0.8 / max(pending, 1)
-    return max(cap, min(even, max(courtesy, even * (0.5 + chance / 2))))
+    return max(cap, even * (0.5 + chance / 2) if spread else min(even, courtesy))

@@ -564,7 +564,7 @@ class CredentialPool(_Pool[RecordT]):
         session = self._sessions.get(connection)
         if session is None:
             return ConnectionInfo(state=state)
-        left = session.seconds_left(self._clock, self._retire_when)
+        left = session.seconds_left(self._clock, self._retire_when, self._rotation.epoch)
         return ConnectionInfo(
             state=state,
             generation=None if session.stamp is None else session.stamp.generation,

@@ -74,8 +74,10 @@ class Session:
             return None
         return "rotated" if retire_when == "rotated" or stamp.seconds_left(clock) < math.inf else None
 
-    def seconds_left(self, clock: Clock, retire_when: RetireWhen) -> float:
-        """Return the seconds until it ends by itself; infinity if it does not."""
+    def seconds_left(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> float:
+        """Return the seconds until it must not be handed out any more; infinity if no end is known."""
+        if self.epoch != epoch:
+            return 0.0
         left = self._end - clock.monotonic()
         if retire_when == "never" or self.stamp is None:
             return left
@@ -85,7 +87,7 @@ class Session:
         """Return the seconds until `due` has something to say, as far as the clock alone decides."""
         if self.due(clock, retire_when, epoch) is not None:
             return 0.0
-        return min(self._due - clock.monotonic(), self.seconds_left(clock, retire_when))
+        return min(self._due - clock.monotonic(), self.seconds_left(clock, retire_when, epoch))
 
 
 class RotationHost(Protocol):
@@ -124,7 +126,7 @@ class Rotation:
     A task runs only while something is due; between, there is an alarm.
 
     Attributes:
-        calm: Until when nothing is due, for the slots.
+        calm: Until when no connection has ended, for the slots: until then, none has to be looked at.
         epoch: How often the pool has been drained.
         is_making_room: Whether one that comes back and is due has to be closed, for its replacement to be opened.
         replaced: Connections opened to take another's place.
@@ -175,6 +177,7 @@ class Rotation:
     def look(self) -> None:
         """Look again at what is due: a connection was opened, drained or has died, or a credential has rotated."""
         self._tell()
+        self._calm_down()
         if self._task is not None:
             return
         moment = min(
@@ -182,9 +185,6 @@ class Rotation:
             default=math.inf,
         )
         self._stop_alarm()
-        if not self._has_hooks:
-            margin = moment - _CLOCK_GRAIN
-            self.calm.until, self.calm.until_wall = self._clock.monotonic() + margin, self._clock.time() + margin
         if not self._running:
             return
         if moment <= 0:
@@ -217,7 +217,7 @@ class Rotation:
         """
         reason = self._due(connection) if self.is_making_room else None
         if reason is not None:
-            self.is_making_room = False
+            self._make_room(wanted=False)
             self._tell()
         return reason
 
@@ -294,9 +294,9 @@ class Rotation:
                     spare.terminate()  # nothing was done on it that a goodbye could lose
                 return
             if spare is None:
-                self.is_making_room = True
+                self._make_room(wanted=True)
                 await self._wait(min((left for left, _, _ in pending if left > 0), default=math.inf))
-                self.is_making_room = False
+                self._make_room(wanted=False)
                 await asyncio.sleep(1 / self._per_second)
                 continue
             attempt = 0
@@ -305,7 +305,8 @@ class Rotation:
             await self._find_a_place(spare)
             gap = _policy.replacement_gap(
                 pending=len(pending),
-                window=_window(pending) if self._retire_when == "expired" else None,
+                window=_window(pending),
+                spread=self._retire_when == "expired",
                 cost=cost,
                 per_second=self._per_second,
                 chance=random.random(),  # noqa: S311 - jitter
@@ -419,6 +420,21 @@ class Rotation:
 
     # -- small change
 
+    def _calm_down(self) -> None:
+        if self._has_hooks or self.is_making_room:
+            self.calm.until = self.calm.until_wall = -math.inf
+            return
+        left = min(
+            (session.seconds_left(self._clock, self._retire_when, self.epoch) for _, session in self._sessions()),
+            default=math.inf,
+        )
+        left -= _CLOCK_GRAIN
+        self.calm.until, self.calm.until_wall = self._clock.monotonic() + left, self._clock.time() + left
+
+    def _make_room(self, *, wanted: bool) -> None:
+        self.is_making_room = wanted
+        self._calm_down()
+
     def _wake_in(self, seconds: float) -> None:
         self._alarm = Alarm(self._loop, self._clock, seconds, self.look)
 
@@ -446,7 +462,7 @@ class Rotation:
         for slot, session in self._sessions():
             reason = session.due(self._clock, self._retire_when, self.epoch)
             if reason is not None:
-                pending.append((session.seconds_left(self._clock, self._retire_when), slot, reason))
+                pending.append((session.seconds_left(self._clock, self._retire_when, self.epoch), slot, reason))
         return sorted(pending, key=lambda one: one[0])
 
     def _due(self, connection: AnyConnection) -> RetireReason | None:

@@ -37,7 +37,7 @@ class Effort:
     rounds: int = 8
     slice: float = 0.02
     herds: int = 15
-    rotations: int = 5
+    rotations: int = 7
     steady: float = 1.5
     bursts: int = 60
 

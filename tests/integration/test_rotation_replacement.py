@@ -97,6 +97,21 @@ async def test_nobody_waits_for_a_replacement_that_takes_its_time(cloud):
         assert pool.stats().waits == 0
 
 
+async def test_whoever_comes_while_connections_are_replaced_is_served_as_fast_as_at_rest(cloud, monkeypatch):
+    looked_at = []
+    async with cloud.pool(max_size=2, retire_when="rotated") as pool:
+        cloud.door.hang_at(Stage.VERIFY)
+        await pool.manager.refresh()
+        await cloud.door.reached(Stage.VERIFY)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "end_of", looked_at.append)
+            assert await pool.fetchval("SELECT 1") == 1
+        assert looked_at == []
+        cloud.door.clear_faults()
+        await cloud.observer.seen(ConnectionRetired, 2)
+
+
 async def test_workers_see_no_error_and_no_wait_through_many_rotations(cloud):
     done = 0
 

@@ -124,12 +124,17 @@ def test_a_connection_is_replaced_within_the_last_twentieth_of_its_life(max_life
 @given(
     st.integers(0, 10_000),
     st.none() | st.floats(-1e6, 1e9),
+    st.booleans(),
     st.floats(0, 1e3),
     st.floats(1e-3, 1e4),
     chances,
 )
-def test_replacements_keep_to_the_cap_and_where_they_can_to_the_window(pending, window, cost, per_second, chance):
-    gap = replacement_gap(pending=pending, window=window, cost=cost, per_second=per_second, chance=chance)
+def test_replacements_keep_to_the_cap_and_where_they_can_to_the_window(
+    pending, window, spread, cost, per_second, chance
+):
+    gap = replacement_gap(
+        pending=pending, window=window, spread=spread, cost=cost, per_second=per_second, chance=chance
+    )
 
     assert gap >= 1 / per_second
     assert math.isfinite(gap)

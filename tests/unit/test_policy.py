@@ -238,15 +238,24 @@ def test_a_connection_is_replaced_before_it_has_to_go():
 
 
 def gap(
-    *, pending: int = 10, window: float | None = None, cost: float = 0.0, per_second: float = 10.0, chance: float = 0.0
+    *,
+    pending: int = 10,
+    window: float | None = None,
+    spread: bool = True,
+    cost: float = 0.0,
+    per_second: float = 10.0,
+    chance: float = 0.0,
 ) -> float:
-    return replacement_gap(pending=pending, window=window, cost=cost, per_second=per_second, chance=chance)
+    return replacement_gap(
+        pending=pending, window=window, spread=spread, cost=cost, per_second=per_second, chance=chance
+    )
 
 
-def test_without_a_deadline_connects_are_spaced_by_the_cap_or_by_what_they_cost():
-    assert gap(cost=0.001) == pytest.approx(0.1)
-    assert gap(cost=0.02) == pytest.approx(0.18)
-    assert gap(cost=3.0) == pytest.approx(0.5)
+@pytest.mark.parametrize("spread", [True, False])
+def test_without_a_deadline_connects_are_spaced_by_the_cap_or_by_what_they_cost(spread):
+    assert gap(cost=0.001, spread=spread) == pytest.approx(0.1)
+    assert gap(cost=0.004, spread=spread) == pytest.approx(0.396)
+    assert gap(cost=3.0, spread=spread) == pytest.approx(0.5)
 
 
 def test_replacements_are_spread_over_four_fifths_of_the_time():
@@ -254,13 +263,20 @@ def test_replacements_are_spread_over_four_fifths_of_the_time():
     assert gap(window=100.0, chance=0.0) == pytest.approx(4.0)
 
 
+def test_those_that_are_not_spread_take_no_more_time_than_they_need():
+    assert gap(window=100.0, spread=False) == pytest.approx(0.1)
+    assert gap(window=100.0, spread=False, cost=3.0) == pytest.approx(0.5)
+
+
 def test_courtesy_ends_where_time_gets_short():
-    assert gap(window=10.0, cost=0.05) == pytest.approx(0.45)
-    assert gap(window=4.0, cost=0.05) == pytest.approx(0.32)
+    assert gap(window=6.25, cost=0.05, spread=False) == pytest.approx(0.5)
+    assert gap(window=4.0, cost=0.05, spread=False) == pytest.approx(0.32)
 
 
-def test_the_cap_holds_however_short_the_time():
-    assert gap(window=0.01) == gap(window=-5.0) == gap(window=0.0, pending=0) == pytest.approx(0.1)
+@pytest.mark.parametrize("spread", [True, False])
+def test_the_cap_holds_however_short_the_time(spread):
+    for window, pending in ((0.01, 10), (-5.0, 10), (0.0, 0)):
+        assert gap(window=window, pending=pending, cost=1.0, spread=spread) == pytest.approx(0.1)
 
 
 # The first background connect of a pool.
