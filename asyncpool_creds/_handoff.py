@@ -17,9 +17,9 @@ def hand_over(waiter: asyncio.Future[ValueT], value: ValueT) -> None:
     has a turn too. Only from a callback of the loop: a task cannot run inside another's turn.
     """
     # asyncio has no name for it; a future that hides who awaits it wakes him in its own time.
-    waiting = getattr(waiter, "_callbacks", None)
-    for callback, _ in waiting or ():
+    waiting = tuple(getattr(waiter, "_callbacks", None) or ())
+    for callback, _ in waiting:
         waiter.remove_done_callback(callback)
     waiter.set_result(value)
-    for callback, context in waiting or ():
+    for callback, context in waiting:
         context.run(callback, waiter)

@@ -177,7 +177,7 @@ class Rotation:
     def look(self) -> None:
         """Look again at what is due: a connection was opened, drained or has died, or a credential has rotated."""
         self._tell()
-        self._calm_down()
+        self._set_calm()
         if self._task is not None:
             return
         moment = min(
@@ -420,7 +420,7 @@ class Rotation:
 
     # -- small change
 
-    def _calm_down(self) -> None:
+    def _set_calm(self) -> None:
         if self._has_hooks or self.is_making_room:
             self.calm.until = self.calm.until_wall = -math.inf
             return
@@ -433,7 +433,7 @@ class Rotation:
 
     def _make_room(self, *, wanted: bool) -> None:
         self.is_making_room = wanted
-        self._calm_down()
+        self._set_calm()
 
     def _wake_in(self, seconds: float) -> None:
         self._alarm = Alarm(self._loop, self._clock, seconds, self.look)

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.anyio
 class Stage:
     """A task that waits for a future, and what happens in which order."""
 
-    def __init__(self):
-        self.future = asyncio.get_running_loop().create_future()
+    def __init__(self, future):
+        self.future = future
         self.seen = []
         self.task = asyncio.create_task(self._wait())
 
@@ -42,9 +42,17 @@ class Stage:
         await asyncio.wait([self.task])
 
 
-@pytest.fixture
-async def stage():
-    stage = Stage()
+def c_future():
+    return asyncio.get_running_loop().create_future()
+
+
+def python_future():
+    return asyncio.futures._PyFuture(loop=asyncio.get_running_loop())
+
+
+@pytest.fixture(params=[c_future, python_future])
+async def stage(request):
+    stage = Stage(request.param())
     await asyncio.sleep(0)
     yield stage
     stage.task.cancel()
