@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from contextvars import Context
+from typing import Any, TypeAlias, TypeVar, cast
 
 __all__ = ["hand_over"]
 
 ValueT = TypeVar("ValueT")
+_Callbacks: TypeAlias = Iterable[tuple[Callable[[Any], object], Context]]
 
 
 def hand_over(waiter: asyncio.Future[ValueT], value: ValueT) -> None:
@@ -17,7 +20,7 @@ def hand_over(waiter: asyncio.Future[ValueT], value: ValueT) -> None:
     has a turn too. Only from a callback of the loop: a task cannot run inside another's turn.
     """
     # asyncio has no name for it; a future that hides who awaits it wakes him in its own time.
-    waiting = tuple(getattr(waiter, "_callbacks", None) or ())
+    waiting = tuple(cast("_Callbacks", getattr(waiter, "_callbacks", None) or ()))
     for callback, _ in waiting:
         waiter.remove_done_callback(callback)
     waiter.set_result(value)
