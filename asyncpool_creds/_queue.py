@@ -73,12 +73,7 @@ class SlotQueue:
                 slot = await turn or self._take()
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
-                    # It was handed over, but he is gone.
-                    slot = turn.result()
-                    if slot is not None:
-                        self.put_nowait(slot)
-                    elif self._slots:
-                        self._serve(None)
+                    self._pass_on(turn.result())
                 raise
             finally:
                 if impatience is not None:
@@ -111,6 +106,13 @@ class SlotQueue:
                 return True
         return False
 
+    def _pass_on(self, slot: Slot | None) -> None:
+        """Find somebody else for what was handed to one who is gone."""
+        if slot is not None:
+            self.put_nowait(slot)
+        elif self._slots:
+            self._serve(None)
+
     def _serve_vacant(self, turn: asyncio.Future[Slot | None]) -> None:
         if self._slots and not turn.done():
             self._waiting.remove(turn)
@@ -127,11 +129,8 @@ class SlotQueue:
             turn, slot = self._served.pop(0)
             if not turn.done():
                 hand_over(turn, slot)
-            # One who went on before him has cancelled him.
-            elif slot is not None:
-                self.put_nowait(slot)
-            else:
-                self._serve(None)
+            else:  # one who went on before him has cancelled him
+                self._pass_on(slot)
 
     def get_disconnected_nowait(self) -> Slot:
         """Return a slot without a connection, for asyncpg 0.32 to connect.

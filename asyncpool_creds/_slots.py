@@ -141,10 +141,6 @@ class SlotOwner(Protocol):
         """Close `connection` in a task of the pool's."""
         ...
 
-    def restore_floor(self) -> None:
-        """Connect again up to the pool's minimum size, where asyncpg keeps one (0.32)."""
-        ...
-
     def about_to_connect(self) -> None:
         """A slot is about to connect, for an acquirer or for the floor of asyncpg 0.32."""
         ...
