@@ -6,6 +6,7 @@ from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import (
     CredentialError,
     CredentialExpired,
+    CredentialUnavailable,
     InsecureTransport,
     ManagerClosed,
     ProviderError,
@@ -48,6 +49,7 @@ __all__ = [
     "CredentialProvider",
     "CredentialRefreshed",
     "CredentialRefused",
+    "CredentialUnavailable",
     "Credentials",
     "Event",
     "InsecureTransport",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import traceback
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -16,6 +15,7 @@ from asyncpool_creds._manager import Stamp, TokenManager
 from asyncpool_creds._provider import Target
 from asyncpool_creds._target import Route, forbid_password, read_route, require_tls, routing_arguments
 from asyncpool_creds._tls import TlsContext
+from asyncpool_creds._tracebacks import clear_frames
 
 __all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments", "is_refusal"]
 
@@ -204,12 +204,13 @@ class Connector:
         if credential.user is not None:
             arguments = {**arguments, "user": credential.user}
         stamp.hold()
+        outside = sys.exception()
         try:
             # A function, because asyncpg shows a plain string in Connection._params and in every LoggedQuery.
             connection = await self._connect(dsn, **{**arguments, "password": lambda: credential.password})
         except BaseException as error:
             stamp.let_go()
-            _forget_locals(error)
+            clear_frames(error, outside=outside)  # the secret lies in asyncpg's in the clear
             if force_tls and isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
                 raise InsecureTransport(
                     "the server offers no TLS, so the credential was not sent; "
@@ -230,18 +231,10 @@ class Connector:
                 generation=stamp.generation,
                 sqlstate=getattr(refusal, "sqlstate", None),
                 retrying=retrying,
+                error=refusal,
+                message=str(refusal),
             )
         )
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    """Empty the frames of asyncpg's connect: the secret lies there in the clear, and some tools log locals."""
-    while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_globals.get("__name__") == "asyncpg.connect_utils":
-                with contextlib.suppress(RuntimeError):  # it is running
-                    frame.clear()
-        error = error.__cause__ or error.__context__
 
 
 def _note(manager: TokenManager, stamp: Stamp, outcome: str) -> str:

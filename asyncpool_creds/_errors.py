@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CredentialError",
     "CredentialExpired",
+    "CredentialUnavailable",
     "InsecureTransport",
     "ManagerClosed",
     "ProviderError",
@@ -45,6 +46,13 @@ class ProviderTimeout(ProviderError, TimeoutError):
 
 class CredentialExpired(CredentialError):
     """There is nothing valid to hand out; the cause is the last `ProviderError`."""
+
+
+class CredentialUnavailable(CredentialExpired):
+    """The source has never given a credential; the cause is the last `ProviderError`.
+
+    What catches `CredentialExpired` catches it, too: for a caller, both mean that nothing valid can be had now.
+    """
 
 
 class InsecureTransport(CredentialError):

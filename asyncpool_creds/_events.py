@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Literal, TypeAlias
 
@@ -74,19 +74,24 @@ class RefreshFailed(Event):
 
     Args:
         provider: Name of the source.
-        error: What it said, in our words.
+        error: The exception; the source's own is its cause. None of its frames holds a secret.
+        message: Its text, on one line.
         retryable: False if it refused for good.
         attempt: 1 for the first failure since the last success.
-        retry_in: Seconds until the next attempt of our own; None: only when asked.
+        retry_in: Seconds until the next attempt of the manager's own; None: only when asked.
         still_valid: True if a valid credential is being served meanwhile.
+        valid_for: Seconds until callers fail: what is left of that credential; None: it has no end, or there is none.
     """
 
     provider: str
-    error: str
+    # Not shown: the text of what is none of ours may quote a request.
+    error: BaseException = field(repr=False)
+    message: str
     retryable: bool
     attempt: int
     retry_in: float | None
     still_valid: bool
+    valid_for: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +135,15 @@ class StorageFailed(Event):
     Args:
         provider: Name of the source.
         action: What was asked of the storage.
-        error: What went wrong, and what hangs on it.
+        error: The exception.
+        message: What went wrong, and what hangs on it.
     """
 
     provider: str
     action: Literal["load", "save", "lock"]
-    error: str
+    # Not shown: the text of what is none of ours may quote a request.
+    error: BaseException = field(repr=False)
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +167,14 @@ class RevocationFailed(Event):
 
     Args:
         provider: Name of the source.
-        error: What the source said, in our words.
+        error: The exception.
+        message: What the source said, in our words.
     """
 
     provider: str
-    error: str
+    # Not shown: the text of what is none of ours may quote a request.
+    error: BaseException = field(repr=False)
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +186,17 @@ class CredentialRefused(Event):
         generation: Its number.
         sqlstate: The server's code, such as 28P01; None if the refusal came without one.
         retrying: True if a newer credential is being tried.
+        error: The exception.
+        message: Its text.
     """
 
     fingerprint: str
     generation: int
     sqlstate: str | None
     retrying: bool
+    # Not shown: the text of what is none of ours may quote a request.
+    error: BaseException = field(repr=False)
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,11 +234,14 @@ class ReplacementFailed(Event):
     """A background replacement could not connect; the old connection serves on until its own end.
 
     Args:
-        error: Class of the error and its SQLSTATE, if it has one.
+        error: The exception.
+        message: Its class, and its SQLSTATE if it has one.
         retry_in: Seconds until the next attempt.
     """
 
-    error: str
+    # Not shown: the text of what is none of ours may quote a request.
+    error: BaseException = field(repr=False)
+    message: str
     retry_in: float
 
 
@@ -252,7 +271,9 @@ def log_event(event: Event) -> None:
         case _:
             pass
     if _logger.isEnabledFor(level):
-        details = " ".join(f"{f.name}={getattr(event, f.name)!s}" for f in fields(event) if f.name != "at")
+        details = " ".join(
+            f"{f.name}={getattr(event, f.name)!s}" for f in fields(event) if f.name not in ("at", "error")
+        )
         _logger.log(level, "%s %s", type(event).__name__, details, extra={"event": event})
 
 

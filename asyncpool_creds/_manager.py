@@ -41,12 +41,14 @@ from asyncpool_creds._provider import (
     as_provider,
     ask,
     close_provider,
+    foreign_error,
     invalidate_at,
     let_report,
     provider_name,
     revoke_at,
     session_lifetime_of,
 )
+from asyncpool_creds._tracebacks import clear_frames
 
 __all__ = ["ManagerStats", "Stamp", "TokenManager"]
 
@@ -536,7 +538,7 @@ class TokenManager:
         if flight.cancelled():
             error = ProviderError(f"{self._name}: the fetch was cancelled by the provider, or by a loop that is ending")
         elif (bug := flight.exception()) is not None:
-            error = ProviderError(f"{self._name}: fetch() raised {type(bug).__name__}; see the cause")
+            error = ProviderError(f"{self._name}: {foreign_error(bug)}")
             error.__cause__ = bug
         else:
             error = flight.result()
@@ -612,11 +614,13 @@ class TokenManager:
             RefreshFailed(
                 at=utc_now(self._clock),
                 provider=self._name,
-                error=str(error),
+                error=error,
+                message=" ".join(str(error).split()),
                 retryable=error.retryable,
                 attempt=attempt,
                 retry_in=delay if self._background and error.retryable else None,
                 still_valid=still_valid,
+                valid_for=remaining if math.isfinite(remaining) else None,
             )
         )
 
@@ -645,9 +649,15 @@ class TokenManager:
         try:
             await revocation
         except ProviderError as error:
-            self._emit(RevocationFailed(at=utc_now(self._clock), provider=self._name, error=str(error)))
+            self._report_revocation(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the credential ends by itself
-            self._emit(RevocationFailed(at=utc_now(self._clock), provider=self._name, error=type(error).__name__))
+            failure = ProviderError(f"{self._name}: revoke() raised {type(error).__name__}; see the cause")
+            failure.__cause__ = error
+            self._report_revocation(failure)
+
+    def _report_revocation(self, error: ProviderError) -> None:
+        clear_frames(error)
+        self._emit(RevocationFailed(at=utc_now(self._clock), provider=self._name, error=error, message=str(error)))
 
     # -- the alarm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -11,6 +12,7 @@ from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
 from asyncpool_creds._events import Observer
+from asyncpool_creds._tracebacks import clear_frames, place_of
 
 __all__ = [
     "BindableProvider",
@@ -20,6 +22,7 @@ __all__ = [
     "as_provider",
     "ask",
     "close_provider",
+    "foreign_error",
     "invalidate_at",
     "let_report",
     "provider_name",
@@ -139,8 +142,18 @@ def provider_name(provider: object) -> str:
 async def ask(provider: CredentialProvider) -> Credential:
     """Fetch once, turning whatever goes wrong into a `ProviderError` with its cause.
 
-    The text of a foreign exception is not copied: it may quote the request, secret included.
+    The text of a foreign exception is not copied: it may quote the request, secret included. Nor are the locals of the
+    frames it came through left for whoever logs them: only its place is told.
     """
+    outside = sys.exception()
+    try:
+        return await _ask(provider)
+    except BaseException as error:
+        clear_frames(error, outside=outside)
+        raise
+
+
+async def _ask(provider: CredentialProvider) -> Credential:
     name = provider_name(provider)
     try:
         credential = await provider.fetch()
@@ -153,18 +166,22 @@ async def ask(provider: CredentialProvider) -> Credential:
         raise ProviderError(f"{name}: {error}", retryable=retryable) from error
     except CredentialError as error:
         raise ProviderError(f"{name}: {error}", retryable=False) from error
-    except (TypeError, ValueError) as error:
-        raise ProviderError(
-            f"{name}: fetch() raised {type(error).__name__}, which looks like a mistake in the provider; see the cause"
-        ) from error
     except Exception as error:
-        raise ProviderError(f"{name}: fetch() raised {type(error).__name__}; see the cause") from error
+        raise ProviderError(f"{name}: {foreign_error(error)}") from error
     if not isinstance(credential, Credential):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ProviderError(
             f"{name}: expected a Credential (or, from a function, a str), got {type(credential).__name__}",
             retryable=False,
         )
     return credential
+
+
+def foreign_error(error: BaseException) -> str:
+    """Return what is said of an exception that is none of ours: its class and its place, never its text."""
+    place = place_of(error)
+    where = "" if place is None else f" at {place}"
+    hint = ", which looks like a mistake in the provider" if isinstance(error, (TypeError, ValueError)) else ""
+    return f"fetch() raised {type(error).__name__}{where}{hint}; see the cause"
 
 
 def invalidate_at(provider: CredentialProvider, credential: Credential) -> None:

@@ -360,7 +360,7 @@ class Rotation:
             delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
         code = getattr(error, "sqlstate", None)
         name = type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
-        self._observers(ReplacementFailed(at=utc_now(self._clock), error=name, retry_in=delay))
+        self._observers(ReplacementFailed(at=utc_now(self._clock), error=error, message=name, retry_in=delay))
         # What has ended serves nobody, and asyncpg 0.32 would keep it open for ever.
         for left, slot, reason in pending:
             if left <= 0 and slot.is_at_rest:

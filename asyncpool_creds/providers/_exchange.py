@@ -16,6 +16,7 @@ import anyio
 from asyncpool_creds._clock import utc_now
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, StorageFailed, log_event
+from asyncpool_creds._tracebacks import clear_frames
 from asyncpool_creds.providers._token_endpoint import Answer, Failure, refresh_token_in
 from asyncpool_creds.storage import StoredTokens, TokenStorage
 
@@ -413,7 +414,10 @@ class Exchange:
     def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception, so: str | None = None) -> None:
         what = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
         told = what if so is None else f"{what}; {so}"
-        self._observer(StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=told))
+        clear_frames(error)
+        self._observer(
+            StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=error, message=told)
+        )
 
     # -- small change
 

@@ -12,7 +12,7 @@ import anyio
 import httpx
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._errors import ProviderError
+from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, RevocationFailed, log_event
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._document import parse_object
@@ -349,7 +349,7 @@ class Vault:
                 with anyio.move_on_after(self._timeout) as limit:
                     await self._give_back(token, leases or {})
                 if limit.cancelled_caught:
-                    self._report(f"vault: not all was revoked, because {self._address} took too long")
+                    self._report(ProviderTimeout(f"vault: not all was revoked, because {self._address} took too long"))
         finally:
             await self._http.aclose()
 
@@ -359,15 +359,15 @@ class Vault:
             if not token.is_revocable or parent != token.secret:
                 failure = await self.revoke(lease, token)
                 if failure is not None:
-                    self._report(str(failure.error))
+                    self._report(failure.error)
         if token.is_revocable:
             answer = await self.ask("POST", "auth/token/revoke-self", token=token, document={})
             # One that has ended already is refused.
             if isinstance(answer, Failure) and answer.status != 403:
-                self._report(str(answer.error))
+                self._report(answer.error)
 
-    def _report(self, error: str) -> None:
-        self.observer(RevocationFailed(at=utc_now(self.clock), provider=self._name, error=error))
+    def _report(self, error: ProviderError) -> None:
+        self.observer(RevocationFailed(at=utc_now(self.clock), provider=self._name, error=error, message=str(error)))
 
 
 def _complaint(members: Mapping[str, object], secrets: list[str]) -> str:

@@ -390,7 +390,8 @@ class GlobusResource:
             RefreshFailed(
                 at=utc_now(self._clock),
                 provider=f"globus {self._name}",
-                error=str(error),
+                error=error,
+                message=str(error),
                 retryable=error.retryable,
                 attempt=1,
                 retry_in=None,

@@ -414,7 +414,7 @@ async def test_a_full_server_makes_it_one_for_one(cloud):
         await cloud.until(lambda: pool.stats().by_generation == {2: 3})
 
         assert cloud.door.peak_live == 3
-        assert cloud.observer.of(ReplacementFailed)[0].error == "TooManyConnectionsError (53300)"
+        assert cloud.observer.of(ReplacementFailed)[0].message == "TooManyConnectionsError (53300)"
         assert len(cloud.observer.of(ReplacementFailed)) == 1
         async with pool.acquire(), pool.acquire(), pool.acquire():
             assert pool.get_size() == 3
@@ -531,7 +531,7 @@ async def test_a_replacement_that_is_refused_tells_of_a_wrong_role_and_does_not_
         await pool.manager.refresh()
         failure = await cloud.observer.seen(ReplacementFailed)
 
-        assert failure.error == "InvalidAuthorizationSpecificationError (28000)"
+        assert failure.message == "InvalidAuthorizationSpecificationError (28000)"
         assert await pool.fetchval(PID) in old
         # The first one is refused, and so is the one that was fetched because of it.
         assert (cloud.presented, cloud.provider.calls) == ([1, 1, 2, 3], 3)
@@ -565,7 +565,7 @@ async def test_a_failing_init_of_a_replacement_leaves_the_old_connection_in_plac
         fails = True
         await pool.manager.refresh()
         failure = await cloud.observer.seen(ReplacementFailed)
-        assert failure.error == "LookupError"
+        assert failure.message == "LookupError"
         assert await pool.fetchval(PID) == old
         fails = False
 

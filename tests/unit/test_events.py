@@ -13,6 +13,7 @@ from asyncpool_creds import (
     CredentialRefreshed,
     CredentialRefused,
     Event,
+    ProviderError,
     RefreshFailed,
     RefreshTokenExpiring,
     ReplacementFailed,
@@ -36,20 +37,29 @@ REFRESHED = CredentialRefreshed(
     duration=0.25,
 )
 FAILED = RefreshFailed(
-    at=NOON, provider="Vault", error="sealed", retryable=True, attempt=1, retry_in=0.5, still_valid=True
+    at=NOON,
+    provider="Vault",
+    error=ProviderError("sealed"),
+    message="sealed",
+    retryable=True,
+    attempt=1,
+    retry_in=0.5,
+    still_valid=True,
 )
 FAILED_FOR_ALL = dataclasses.replace(FAILED, still_valid=False)
 INVALIDATED = CredentialInvalidated(at=NOON, provider="Vault", fingerprint="0badcafe", generation=2)
 REDUCED = ThresholdReduced(
     at=NOON, provider="Vault", setting="refresh_threshold", requested=300.0, used=12.0, lifetime=60.0
 )
-REFUSED = CredentialRefused(at=NOON, fingerprint="0badcafe", generation=2, sqlstate="28P01", retrying=True)
+REFUSED = CredentialRefused(
+    at=NOON, fingerprint="0badcafe", generation=2, sqlstate="28P01", retrying=True, error=OSError(), message="refused"
+)
 OPENED = ConnectionOpened(at=NOON, generation=2, replacement=False, duration=0.01)
 RETIRED = ConnectionRetired(at=NOON, generation=1, reason="rotated", age=12.0)
-NOT_REPLACED = ReplacementFailed(at=NOON, error="TooManyConnectionsError 53300", retry_in=1.0)
+NOT_REPLACED = ReplacementFailed(at=NOON, error=OSError(), message="TooManyConnectionsError 53300", retry_in=1.0)
 EXPIRING = RefreshTokenExpiring(at=NOON, provider="OAuth2", expires_at=NOON, advice="log in again")
-NOT_STORED = StorageFailed(at=NOON, provider="OAuth2", action="save", error="OSError")
-NOT_REVOKED = RevocationFailed(at=NOON, provider="Vault", error="sealed")
+NOT_STORED = StorageFailed(at=NOON, provider="OAuth2", action="save", error=OSError(), message="OSError")
+NOT_REVOKED = RevocationFailed(at=NOON, provider="Vault", error=ProviderError("sealed"), message="sealed")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +93,8 @@ def test_a_log_line_names_the_event_and_all_it_says(caplog):
     log_event(FAILED)
 
     assert caplog.messages == [
-        "RefreshFailed provider=Vault error=sealed retryable=True attempt=1 retry_in=0.5 still_valid=True"
+        "RefreshFailed provider=Vault message=sealed retryable=True attempt=1 retry_in=0.5 still_valid=True "
+        "valid_for=None"
     ]
 
 

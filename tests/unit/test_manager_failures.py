@@ -38,7 +38,7 @@ async def test_while_the_old_one_is_valid_a_failure_is_nobodys_business(new_mana
     assert failures
     assert all(failure.still_valid for failure in failures)
     assert [failure.attempt for failure in failures] == list(range(1, len(failures) + 1))
-    assert {(failure.provider, failure.error) for failure in failures} == {("ScriptedProvider", "down")}
+    assert {(failure.provider, failure.message) for failure in failures} == {("ScriptedProvider", "down")}
 
 
 async def test_every_retry_comes_before_the_end_of_the_old_one(new_manager, provider, clock, observer):

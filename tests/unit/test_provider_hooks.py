@@ -99,7 +99,7 @@ async def test_it_hears_of_a_refused_credential(manager, source):
 
 
 async def test_its_events_go_where_its_managers_go(manager, source, observer, clock):
-    event = StorageFailed(at=clock.now(), provider="Source", action="save", error="OSError")
+    event = StorageFailed(at=clock.now(), provider="Source", action="save", error=OSError(), message="OSError")
     later = RecordingObserver()
     manager.subscribe(later)
 
@@ -172,7 +172,10 @@ async def test_what_was_seen_as_current_is_not_revoked(silent_manager, source):
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(ProviderError("vault is sealed"), "vault is sealed"), (OSError(secret()), "OSError")],
+    [
+        (ProviderError("vault is sealed"), "vault is sealed"),
+        (OSError(secret()), "Source: revoke() raised OSError; see the cause"),
+    ],
     ids=["ProviderError", "OSError"],
 )
 async def test_a_revocation_that_fails_is_an_event(silent_manager, source, observer, error, told):
@@ -182,7 +185,7 @@ async def test_a_revocation_that_fails_is_an_event(silent_manager, source, obser
     await settle()
 
     (event,) = observer.of(RevocationFailed)
-    assert event.error == told
+    assert event.message == str(event.error) == told
     assert event.provider == "Source"
 
 

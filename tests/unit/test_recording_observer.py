@@ -12,8 +12,8 @@ pytestmark = pytest.mark.anyio
 
 NOON = datetime(2026, 3, 29, 12, tzinfo=UTC)
 INVALIDATED = CredentialInvalidated(at=NOON, provider="Vault", fingerprint="0badcafe", generation=1)
-FAILED = ReplacementFailed(at=NOON, error="OSError", retry_in=1.0)
-FAILED_AGAIN = ReplacementFailed(at=NOON, error="OSError", retry_in=2.0)
+FAILED = ReplacementFailed(at=NOON, error=OSError(), message="OSError", retry_in=1.0)
+FAILED_AGAIN = ReplacementFailed(at=NOON, error=OSError(), message="OSError", retry_in=2.0)
 
 
 def test_it_keeps_every_event_in_order():

@@ -28,6 +28,7 @@ from asyncpool_creds import (
     CredentialRefreshed,
     CredentialRefused,
     Credentials,
+    CredentialUnavailable,
     Event,
     InsecureTransport,
     ManagerClosed,
@@ -138,7 +139,8 @@ def observe(event: Event) -> None:
             reason: RetireReason = event.reason
             assert_type(reason, RetireReason)
         case ReplacementFailed():
-            assert_type(event.error, str)
+            assert_type(event.error, BaseException)
+            assert_type(event.message, str)
         case StorageFailed():
             assert_type(event.action, Literal["load", "save", "lock"])
         case RefreshTokenExpiring():
@@ -246,7 +248,7 @@ async def errors(manager: TokenManager) -> None:
     except ProviderError as error:
         assert_type(error.retryable, bool)
         assert_type(error.retry_after, float | None)
-    except (CredentialExpired, InsecureTransport, ManagerClosed) as error:
+    except (CredentialExpired, CredentialUnavailable, InsecureTransport, ManagerClosed) as error:
         root: CredentialError = error
         raise root from None
     raise ProviderError("no", retryable=False, retry_after=5)

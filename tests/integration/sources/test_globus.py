@@ -362,7 +362,7 @@ async def test_a_rotated_token_that_cannot_be_stored_is_not_lost(globus, auth, s
 
     assert len(passwords) == 3
     assert auth.replays == 0
-    assert "No space left on device" in observer.of(StorageFailed)[0].error
+    assert "No space left on device" in observer.of(StorageFailed)[0].message
     entry = await globus.lookup(DATABASE)
     assert entry.credential.password in passwords
     await globus.resource(DATABASE).fetch()
@@ -425,9 +425,9 @@ async def test_without_a_refresh_token_what_is_stored_serves_until_it_ends(globu
     (event,) = observer.of(RefreshFailed)
     assert event.provider == f"globus {DATABASE}"
     assert event.still_valid
-    assert "there is no refresh token left. A new login is needed: store() its token response" in event.error
+    assert "there is no refresh token left. A new login is needed: store() its token response" in event.message
     error = await refusal(resource)
-    assert str(error) == event.error
+    assert str(error) == event.message
     assert not error.retryable
     assert auth.requests == {}
 

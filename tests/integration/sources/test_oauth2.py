@@ -898,7 +898,7 @@ async def test_a_storage_that_fails_to_save_does_not_lose_the_token(make, issuer
     shared = await make(**LOGIN, storage=storage).fetch()
 
     assert {(event.provider, event.action) for event in complaints} == {("oauth2", "save")}
-    assert all("disk full" in event.error and "in memory alone" in event.error for event in complaints)
+    assert all("disk full" in event.message and "in memory alone" in event.message for event in complaints)
     assert len(complaints) == 3
     assert issuer.requests == {"password": 1, "refresh_token": 4}
     assert issuer.replays == 0

@@ -324,7 +324,7 @@ async def test_who_can_log_in_alone_does_so_while_the_storage_fails(make, issuer
     assert issuer.requests == {"password": 3, "refresh_token": 1}
     assert issuer.replays == 0
     assert {event.action for event in observer.of(StorageFailed)} == {"save" if what == "mark" else what}
-    assert all(f"cannot {what}" in event.error for event in observer.of(StorageFailed))
+    assert all(f"cannot {what}" in event.message for event in observer.of(StorageFailed))
 
 
 @pytest.mark.parametrize("what", ["lock", "load", "mark"])
@@ -428,7 +428,7 @@ async def test_what_a_storage_says_in_a_foreign_exception_is_not_repeated(make, 
 
     await make(**LOGIN, storage=ChattyStorage()).fetch()
 
-    assert [event.error for event in observer.of(StorageFailed)] == ["ValueError"]
+    assert [event.message for event in observer.of(StorageFailed)] == ["ValueError"]
 
 
 async def test_closing_saves_what_could_not_be_saved(make, issuer):

@@ -592,7 +592,7 @@ async def test_what_cannot_be_revoked_on_closing_is_reported_and_no_error(vault,
 
     (event,) = observer.of(RevocationFailed)
     assert event.provider == "VaultDatabase"
-    assert "allow the token to 'update' sys/leases/revoke" in event.error
+    assert "allow the token to 'update' sys/leases/revoke" in event.message
 
 
 async def test_a_token_that_cannot_be_revoked_is_reported_and_no_error(make, line, observer):
@@ -602,7 +602,7 @@ async def test_a_token_that_cannot_be_revoked_is_reported_and_no_error(make, lin
 
     await provider.aclose()
 
-    assert "cannot be reached" in observer.of(RevocationFailed)[0].error
+    assert "cannot be reached" in observer.of(RevocationFailed)[0].message
 
 
 async def test_closing_takes_no_longer_than_one_request_may(make, line, vault, observer):
