@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import asyncpg
 
@@ -17,44 +17,10 @@ from asyncpool_creds._target import Route, forbid_password, read_route, require_
 from asyncpool_creds._tls import TlsContext
 from asyncpool_creds._tracebacks import clear_frames
 
-__all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments", "is_refusal"]
+__all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments"]
 
 AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
 ConnectFunction: TypeAlias = Callable[..., Coroutine[Any, Any, AnyConnection]]
-
-# 28000 (invalid_authorization_specification) also covers refusals that no new token mends.
-_NOT_THE_CREDENTIAL: Final = (
-    "no pg_hba.conf entry",
-    "pg_hba.conf rejects",
-    "is not permitted to log in",
-    "requires a valid client certificate",
-    "certificate authentication failed",
-    "ident authentication failed",
-    "peer authentication failed",
-)
-# PgBouncer and Cloud SQL's managed pooling report authentication as a protocol violation (08P01).
-_POOLER_REFUSALS: Final = ("SASL authentication failed", "PAM authentication failed", "password authentication failed")
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Return whether `error` says that the server refused the credential itself.
-
-    That is SQLSTATE 28P01; 28000, unless its text names a cause that no new credential
-    mends (pg_hba.conf, a role without LOGIN, a client certificate); and 08P01 with the
-    texts of PgBouncer and Cloud SQL's managed pooling. asyncpg's default ``ssl=prefer``
-    may hide the refusal behind that of its second try, so the cause is looked at too.
-    """
-    text = str(error)
-    match error:
-        case asyncpg.InvalidPasswordError():
-            return True
-        case asyncpg.InvalidAuthorizationSpecificationError() if not any(s in text for s in _NOT_THE_CREDENTIAL):
-            return True
-        case asyncpg.ProtocolViolationError() if any(s in text for s in _POOLER_REFUSALS):
-            return True
-        case _:
-            # Not the context too: that may be an older refusal, which the caller is just handling.
-            return error.__cause__ is not None and is_refusal(error.__cause__)
 
 
 def check_arguments(require_tls: object, is_refusal: object) -> None:

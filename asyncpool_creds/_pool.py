@@ -20,7 +20,8 @@ from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
+from asyncpool_creds._connect_errors import is_refusal
+from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments
 from asyncpool_creds._events import (
     ConnectionOpened,
     ConnectionRetired,
