@@ -16,7 +16,7 @@ PACKAGE = Path(asyncpool_creds.__file__).parent
 
 # Each may import what stands before it.
 CORE = [
-    *("_errors", "_tracebacks", "_clock", "_alarm", "_fork"),
+    *("_errors", "_tracebacks", "_clock", "_alarm", "_fork", "_threads"),
     *("_expiry", "_credential", "_policy", "_events", "_provider"),
     *("_manager", "_managers"),
     *("_target", "_tls", "_connect_errors", "_connector"),

@@ -128,7 +128,6 @@ def test_what_no_credential_and_no_time_mends_is_neither(error):
             "[Errno 111] Connect call failed ('127.0.0.1', 1)"
         ),
         TimeoutError(),
-        asyncio.TimeoutError(),
         socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
         socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
         socket.gaierror(socket.EAI_FAIL, "Non-recoverable failure in name resolution"),
