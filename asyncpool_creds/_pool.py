@@ -20,7 +20,8 @@ from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
+from asyncpool_creds._connect_errors import is_refusal
+from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments
 from asyncpool_creds._events import (
     ClockSkewDetected,
     ConnectionOpened,
@@ -32,11 +33,13 @@ from asyncpool_creds._events import (
     RetireReason,
 )
 from asyncpool_creds._fastpath import FastPath, is_supported, watch, whole_call
+from asyncpool_creds._keywords import check_keywords
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import ExpiredSessions, RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
+from asyncpool_creds._target import RequireTls
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -150,7 +153,7 @@ class CredentialPool(_Pool[RecordT]):
         before_acquire: ConnectionHook | None = None,
         after_release: ConnectionHook | None = None,
         max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
-        require_tls: bool | None = None,
+        require_tls: RequireTls = None,
         wait_for_reset: bool = False,
         fair: bool = True,
         fast_path: bool = True,
@@ -163,6 +166,8 @@ class CredentialPool(_Pool[RecordT]):
         _check_choice("retire_when", retire_when, "expired", "rotated", "never")
         _check_choice("expired_sessions", expired_sessions, "serve", "refuse")
         check_arguments(require_tls, is_refusal)
+        for_asyncpg = asyncpg_arguments.keys() - _asyncpg_defaults().keys()
+        check_keywords(create_pool, for_asyncpg, connect=connect, with_credentials=credentials is not None)
         for name, hook in (("before_acquire", before_acquire), ("after_release", after_release)):
             if hook is not None and not callable(hook):  # pyright: ignore[reportUnnecessaryComparison]
                 raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
@@ -314,6 +319,21 @@ class CredentialPool(_Pool[RecordT]):
         self.restore_floor()
 
     # -- asyncpg's own methods, with what credentials add to them
+
+    def set_connect_args(self, dsn: str | None = None, **connect_kwargs: Any) -> None:
+        """Set the arguments of every connect from now on, as asyncpg's does.
+
+        Raises:
+            TypeError: A keyword is one that no connect will take.
+        """
+        check_keywords(
+            self.set_connect_args,
+            connect_kwargs,
+            connect=self._user_connect,
+            with_credentials=self._connector is not None,
+            elsewhere=(create_pool,),
+        )
+        super().set_connect_args(dsn, **connect_kwargs)
 
     async def expire_connections(self) -> None:
         """Expire all open connections: each is replaced before it would be handed out again.
@@ -661,7 +681,8 @@ def _asyncpg_defaults() -> dict[str, Any]:
     """Return the defaults of the installed asyncpg's create_pool: `asyncpg.Pool` itself has none."""
     return {
         name: parameter.default
-        for name, parameter in inspect.signature(asyncpg.create_pool).parameters.items()
+        # Of the module: `asyncpg.create_pool` may be replaced by a tracer's, or by ours.
+        for name, parameter in inspect.signature(asyncpg.pool.create_pool).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
@@ -676,7 +697,7 @@ def create_pool(
     before_acquire: ConnectionHook | None = None,
     after_release: ConnectionHook | None = None,
     max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
-    require_tls: bool | None = None,
+    require_tls: RequireTls = None,
     wait_for_reset: bool = False,
     fair: bool = True,
     fast_path: bool = True,
@@ -703,8 +724,8 @@ def create_pool(
 
     Args:
         dsn: As for asyncpg; without a password, if `credentials` are given.
-        credentials: A `TokenManager` (shared: the pool never closes it), a provider, or a (possibly
-            async) function that returns a `Credential` or a token.
+        credentials: A `TokenManager` (shared: the pool never closes it), a provider, or a function that
+            returns a `Credential` or a token. One that is not async is called in a thread, since it may block.
         retire_when: "expired": a connection is replaced between the refresh and the expiry of its
             credential (earlier, if the server ends its sessions).
             "rotated": replaced as soon as a newer credential has been proven by a connect.
@@ -723,8 +744,9 @@ def create_pool(
             False retires it. An exception does too, and reaches the one who releases.
         max_reconnects_per_second: Cap on background replacement connects.
         require_tls: None: a credential leaves for a host that is neither a Unix socket nor loopback
-            under TLS only; asyncpg's default ``sslmode=prefer`` then means ``require``. True: the
-            same for every host. False: no guard.
+            under TLS only; asyncpg's default ``sslmode=prefer`` then means ``require``, and a warning says if the
+            server is not verified. "verified": such a host must be verified as well (``sslmode=verify-full``).
+            True: TLS on the way to every host. False: no guard. See docs/security.md.
         wait_for_reset: False: a release is done when the reset of the session is on its way, and the connection
             goes to the next one when the server has acknowledged it. True: a release waits for that,
             as asyncpg's does; for those who rely on session locks being gone when it returns.
@@ -749,15 +771,16 @@ def create_pool(
         loop: As for asyncpg.
         connection_class: As for asyncpg.
         record_class: As for asyncpg.
-        **connect_kwargs: As for asyncpg.
+        **connect_kwargs: As for asyncpg; checked now, and not by the first connect.
 
     Raises:
-        TypeError: An argument has the wrong type.
+        TypeError: An argument has the wrong type, or a keyword is one that neither this function nor
+            `asyncpg.connect` takes (nor `connect`, where it says what it takes).
         ValueError: An argument has an impossible value, or there is a password beside the credentials.
         InsecureTransport: The arguments would send a credential to a remote host without TLS.
     """
     if init_size is not None:
-        if "init_size" not in inspect.signature(asyncpg.create_pool).parameters:
+        if "init_size" not in _asyncpg_defaults():
             raise TypeError(f"init_size needs asyncpg 0.32 or later; {asyncpg.__version__} is installed")
         connect_kwargs["init_size"] = init_size
     return CredentialPool(
@@ -790,11 +813,15 @@ def create_pool(
     )
 
 
+# A program may open a connection for each request, and reads a warning once.
+_told_by_connect: Final = set[tuple[str, ...]]()
+
+
 async def connect(
     dsn: str | None = None,
     *,
     credentials: Credentials | None = None,
-    require_tls: bool | None = None,
+    require_tls: RequireTls = None,
     is_refusal: Callable[[BaseException], bool] = is_refusal,
     on_event: Observer | Iterable[Observer] | None = None,
     **connect_kwargs: Any,  # what asyncpg.connect takes, checked by it
@@ -804,11 +831,13 @@ async def connect(
     A manager that is handed in stays open. A provider is asked once and closed again.
 
     Raises:
+        TypeError: A keyword is neither an argument of this function nor of `asyncpg.connect`.
         CredentialExpired: The source gave nothing.
         InsecureTransport: A credential would have left for a remote host without TLS.
         ValueError: There is a password beside the credentials.
     """
     check_arguments(require_tls, is_refusal)
+    check_keywords(connect, connect_kwargs, with_credentials=credentials is not None, elsewhere=(create_pool,))
     if credentials is None:
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain
@@ -830,6 +859,7 @@ async def connect(
         require_tls=require_tls,
         is_refusal=is_refusal,
         observers=events,
+        told=_told_by_connect,
     )
     try:
         connection, _ = await connector.open(dsn, connect_kwargs)
