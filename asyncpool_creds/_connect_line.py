@@ -66,7 +66,7 @@ class ConnectLine:
             try:
                 return await connect()
             except Exception as error:
-                if self._patience == 0 or self._is_closed or not self._passes(error):
+                if self._patience == 0 or not self._passes(error):
                     raise
                 self._failed(error)
         turn = _Turn()

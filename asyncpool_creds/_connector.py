@@ -185,6 +185,7 @@ class Connector:
             if not self._is_refused(error):
                 error.add_note(_note(manager, stamp, error))
                 raise
+            left = stamp.seconds_left(manager.clock)
             newer = await self._ask_for_newer(manager, stamp, error)
             if newer is None:
                 raise
@@ -198,6 +199,7 @@ class Connector:
                 self._report(manager, newer, error, retrying=False)
             error.add_note(_note(manager, newer, error, outcome))
             raise
+        manager.learn_skew(stamp, left)
         self._warn_of_unknown_lifetime(manager, stamp)
         return connection, newer
 

@@ -20,7 +20,8 @@ from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._connect_errors import is_refusal
+from asyncpool_creds._connect_errors import is_passing, is_refusal
+from asyncpool_creds._connect_line import ConnectLine
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments
 from asyncpool_creds._events import (
     ClockSkewDetected,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         _closing: bool
         _queue: Any
         _initializing: bool
+        _initialized: bool
 
         def _check_init(self) -> None: ...
         async def _initialize(self) -> None: ...
@@ -149,6 +151,7 @@ class CredentialPool(_Pool[RecordT]):
         credentials: Credentials | None = None,
         retire_when: RetireWhen = "expired",
         expired_sessions: ExpiredSessions = "serve",
+        connect_patience: float | timedelta = 0.0,
         max_lifetime: float | timedelta | None = None,
         before_acquire: ConnectionHook | None = None,
         after_release: ConnectionHook | None = None,
@@ -175,27 +178,18 @@ class CredentialPool(_Pool[RecordT]):
         self._expired_sessions: ExpiredSessions = expired_sessions
         self._is_refusal = is_refusal
         self._max_lifetime = None if max_lifetime is None else _policy.parse_seconds("max_lifetime", max_lifetime)
+        patience = _policy.parse_seconds("connect_patience", connect_patience, zero=True)
         self._per_second = _policy.parse_rate("max_reconnects_per_second", max_reconnects_per_second)
         self._events = Observers(on_event)
         self.before_acquire = before_acquire
         self.after_release = after_release
 
         arguments: dict[str, Any] = {**_asyncpg_defaults(), **asyncpg_arguments, "loop": loop, "connect": self._open}
-        reset: object = arguments["reset"]
-        resets = reset is not False
-        if resets and reset is not None and not callable(reset):
-            raise TypeError(
-                f"reset must be a coroutine function that takes a connection, None for asyncpg's reset, or False "
-                f"for none; not {reset!r}"
-            )
-        if not resets:
-            arguments["reset"] = _leave_as_it_is
-        for name in ("init", "setup"):
-            if arguments[name] is not None:
-                arguments[name] = _hanging_up_on_cancellation(arguments[name])
+        resets = _prepare_hooks(arguments)
         super().__init__(dsn, **arguments)
 
         self._slot_queue = SlotQueue(fair=fair)
+        self._connect_line = ConnectLine(self._loop, patience=patience, passes=is_passing)
         # With a reset= of the user's own, too, which is for asyncpg to call.
         self._checks_out_itself = fast_path and is_supported()
         self._fast_path: FastPath | None = None
@@ -353,6 +347,7 @@ class CredentialPool(_Pool[RecordT]):
             return
         if self._initializing:
             self._check_init()  # which raises, before anything is undone
+        self._connect_line.close()
         try:
             try:
                 await self._rotation.stop()
@@ -371,6 +366,7 @@ class CredentialPool(_Pool[RecordT]):
         if self._is_inherited:
             return
         super().terminate()
+        self._connect_line.close()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
             connection.terminate()
@@ -439,20 +435,17 @@ class CredentialPool(_Pool[RecordT]):
 
     async def _new_connection(self, *, replacement: bool) -> AnyConnection:
         started = self._clock.monotonic()
-        try:
-            connection = await super()._get_new_connection()
-        except asyncpg.TooManyConnectionsError:
-            if not self._closings:
-                raise
-            # It may be our own retired connections, on their way out, that fill the server.
-            await asyncio.wait(tuple(self._closings))
-            connection = await super()._get_new_connection()
+        if replacement or not self._initialized or self._is_maintaining_floor():
+            connection = await self._connect_once()
+        else:
+            connection = await self._connect_line.open(self._connect_once)
         if self.is_closing():
             # asyncpg 0.30 and 0.31 do not look again; nobody would ever close it.
             connection.terminate()
             raise asyncpg.InterfaceError("pool is closing")
         self._opened += 1
         self._rotation.recovered()
+        self._connect_line.recovered()
         session = self._sessions.get(connection)
         self._events(
             ConnectionOpened(
@@ -463,6 +456,16 @@ class CredentialPool(_Pool[RecordT]):
             )
         )
         return connection
+
+    async def _connect_once(self) -> AnyConnection:
+        try:
+            return await super()._get_new_connection()
+        except asyncpg.TooManyConnectionsError:
+            if not self._closings:
+                raise
+            # It may be our own retired connections, on their way out, that fill the server.
+            await asyncio.wait(tuple(self._closings))
+            return await super()._get_new_connection()
 
     async def _open(self, *arguments: Any, **keywords: Any) -> AnyConnection:
         """Connect: what asyncpg calls for every physical connection."""
@@ -559,8 +562,10 @@ class CredentialPool(_Pool[RecordT]):
 
     def about_to_connect(self) -> None:
         """Count an acquire that has to wait for a connect: no replacement stands ready."""
-        for_the_floor = asyncio.current_task() is getattr(self, "_maintenance_task", None)  # asyncpg 0.32
-        self._waits += not (for_the_floor or self._rotation.has_spare)
+        self._waits += not (self._is_maintaining_floor() or self._rotation.has_spare)
+
+    def _is_maintaining_floor(self) -> bool:
+        return asyncio.current_task() is getattr(self, "_maintenance_task", None)  # asyncpg 0.32
 
     def connected(self, slot: Slot) -> None:  # noqa: ARG002 - all are looked at
         """`slot` has a new connection, or has failed to get one."""
@@ -631,6 +636,22 @@ for _name in ("execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetch
     setattr(CredentialPool, _name, whole_call(_name))
 
 
+def _prepare_hooks(arguments: dict[str, Any]) -> bool:
+    """Put what the pool makes of ``reset``, ``init`` and ``setup`` into `arguments`; return whether it resets."""
+    reset: object = arguments["reset"]
+    if reset is not False and reset is not None and not callable(reset):
+        raise TypeError(
+            f"reset must be a coroutine function that takes a connection, None for asyncpg's reset, or False "
+            f"for none; not {reset!r}"
+        )
+    if reset is False:
+        arguments["reset"] = _leave_as_it_is
+    for name in ("init", "setup"):
+        if arguments[name] is not None:
+            arguments[name] = _hanging_up_on_cancellation(arguments[name])
+    return reset is not False
+
+
 def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
     """Return `hook`, with the connection terminated at once if it is cancelled.
 
@@ -693,6 +714,7 @@ def create_pool(
     credentials: Credentials | None = None,
     retire_when: RetireWhen = "expired",
     expired_sessions: ExpiredSessions = "serve",
+    connect_patience: float | timedelta = 0.0,
     max_lifetime: float | timedelta | None = None,
     before_acquire: ConnectionHook | None = None,
     after_release: ConnectionHook | None = None,
@@ -736,6 +758,11 @@ def create_pool(
             and replaced as soon as that ends. Not so where the server ends its sessions with the credential
             (`Credential.ends_session`), where it was drained, and past `max_lifetime`.
             "refuse": it is never handed out.
+        connect_patience: Seconds (or a timedelta) for which an acquire that has to connect goes on trying, where
+            connects fail in a way that passes: refused, reset, timed out, a name that is not found, a server that is
+            starting (57P03) or full (53300). One attempt at a time is made for all who wait, and they are served in
+            order. Then the last error is raised. A deadline of the caller's own ends it sooner. 0: the first error is
+            raised, as in asyncpg.
         max_lifetime: Seconds (or a timedelta) after which a connection is retired whatever its
             credential. Its replacement is due up to 5 % earlier, at random.
         before_acquire: Sync or async; called with each connection about to be handed out, after
@@ -788,6 +815,7 @@ def create_pool(
         credentials=credentials,
         retire_when=retire_when,
         expired_sessions=expired_sessions,
+        connect_patience=connect_patience,
         max_lifetime=max_lifetime,
         before_acquire=before_acquire,
         after_release=after_release,

@@ -19,7 +19,7 @@ CORE = [
     *("_errors", "_tracebacks", "_clock", "_alarm", "_fork", "_threads"),
     *("_expiry", "_credential", "_policy", "_events", "_provider"),
     *("_manager", "_managers", "_keywords"),
-    *("_target", "_tls", "_connect_errors", "_connector"),
+    *("_target", "_tls", "_connect_errors", "_connector", "_connect_line"),
     *("_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
 ]
 WITH_ASYNCPG = set(CORE[CORE.index("_keywords") :]) - {"_handoff"}
