@@ -21,6 +21,7 @@ from asyncpg.pool import PoolConnectionHolder
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
+from asyncpool_creds._errors import ManagerClosed
 from asyncpool_creds._events import (
     ConnectionOpened,
     ConnectionRetired,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         _closed: bool
         _closing: bool
         _queue: Any
+        _initialized: bool
         _initializing: bool
 
         def _check_init(self) -> None: ...
@@ -316,6 +318,9 @@ class CredentialPool(_Pool[RecordT]):
     async def close(self) -> None:
         """Close the pool as asyncpg does, then the manager, unless that was handed in.
 
+        Those who wait for a connection are answered with asyncpg's ``InterfaceError: pool is closing``, at once and
+        on every version; so are those who come while the connections in use are waited for.
+
         In a forked child this does nothing: the connections are the parent's.
         """
         if self._is_inherited:
@@ -323,14 +328,19 @@ class CredentialPool(_Pool[RecordT]):
         if self._initializing:
             self._check_init()  # which raises, before anything is undone
         try:
+            if self._initialized and not self._closed:
+                # Now, as asyncpg does with its first step: what is being undone below is not for those who come.
+                self._closing = True
+                self._slot_queue.close()
             try:
                 await self._rotation.stop()
             except BaseException:
                 self.terminate()
+                self._closing = False
                 raise
             await super().close()
         finally:
-            await asyncio.shield(self._dispose_once())
+            await asyncio.shield(self._dispose_once(asyncio.get_running_loop()))
 
     def terminate(self) -> None:
         """Terminate all connections without waiting; the manager is closed by a task of the pool's.
@@ -340,13 +350,22 @@ class CredentialPool(_Pool[RecordT]):
         if self._is_inherited:
             return
         super().terminate()
+        self._slot_queue.close()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
             connection.terminate()
         if self._loop.is_running():
-            self._dispose_once()
+            self._dispose_once(self._loop)
 
     async def _initialize(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._closed = True  # asyncpg 0.30 and 0.31 would take it for open
+            await asyncio.shield(self._dispose_once(loop))
+            raise RuntimeError(
+                f"this pool was made for event loop {self._loop!r} and is opened in {loop!r}; make it where its loop "
+                "runs: in the coroutine that is given to asyncio.run, not when a module is imported"
+            )
         if self._manager is not None and self._observer is not None:
             # Not before: a pool that is never opened leaves nothing behind at the manager.
             self._unsubscribe = self._manager.subscribe(self._observer)
@@ -358,7 +377,7 @@ class CredentialPool(_Pool[RecordT]):
                 self._closed = True
                 for holder in self._holders:
                     holder.terminate()
-                await asyncio.shield(self._dispose_once())
+                await asyncio.shield(self._dispose_once(loop))
             raise
         for holder in self._holders:
             holder.__class__ = Slot
@@ -409,13 +428,12 @@ class CredentialPool(_Pool[RecordT]):
     async def _new_connection(self, *, replacement: bool) -> AnyConnection:
         started = self._clock.monotonic()
         try:
-            connection = await super()._get_new_connection()
-        except asyncpg.TooManyConnectionsError:
-            if not self._closings:
+            connection = await self._connected()
+        except ManagerClosed:
+            if not self.is_closing():
                 raise
-            # It may be our own retired connections, on their way out, that fill the server.
-            await asyncio.wait(tuple(self._closings))
-            connection = await super()._get_new_connection()
+            # By the pool itself, most likely, while this waited for a credential.
+            raise asyncpg.InterfaceError("pool is closing") from None
         if self.is_closing():
             # asyncpg 0.30 and 0.31 do not look again; nobody would ever close it.
             connection.terminate()
@@ -431,6 +449,16 @@ class CredentialPool(_Pool[RecordT]):
             )
         )
         return connection
+
+    async def _connected(self) -> AnyConnection:
+        try:
+            return await super()._get_new_connection()
+        except asyncpg.TooManyConnectionsError:
+            if not self._closings:
+                raise
+            # It may be our own retired connections, on their way out, that fill the server.
+            await asyncio.wait(tuple(self._closings))
+            return await super()._get_new_connection()
 
     async def _open(self, *arguments: Any, **keywords: Any) -> AnyConnection:
         """Connect: what asyncpg calls for every physical connection."""
@@ -544,9 +572,10 @@ class CredentialPool(_Pool[RecordT]):
 
     # -- small change
 
-    def _dispose_once(self) -> asyncio.Task[None]:
+    def _dispose_once(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        # In the loop that runs: that of a pool which was never opened may be another one, and never run.
         if self._disposal is None:
-            self._disposal = self._loop.create_task(self._dispose(), name="asyncpool_creds: dispose of a pool")
+            self._disposal = loop.create_task(self._dispose(), name="asyncpool_creds: dispose of a pool")
         return self._disposal
 
     async def _dispose(self) -> None:
