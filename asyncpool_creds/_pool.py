@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import logging
 import math
+import socket
+import ssl
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -29,7 +31,9 @@ from asyncpool_creds._events import (
     Event,
     Observer,
     Observers,
+    PoolReady,
     RetireReason,
+    TlsState,
 )
 from asyncpool_creds._fastpath import FastPath, is_supported, watch, whole_call
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
@@ -37,6 +41,7 @@ from asyncpool_creds._provider import BindableProvider, CredentialFunction, Cred
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
+from asyncpool_creds._target import Route, read_route, read_tls_context, routing_arguments
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -387,6 +392,38 @@ class CredentialPool(_Pool[RecordT]):
         self._slot_queue.fill(self.slots())
         self._queue = self._slot_queue
         self._rotation.start(in_background=self._manager is None or self._manager.background)
+        self._report_ready()
+
+    def _report_ready(self) -> None:
+        opened = [slot.connection for slot in self.slots() if slot.connection is not None]
+        session = self._sessions.get(opened[0]) if opened else None
+        lifetime = None
+        if session is not None and session.stamp is not None and session.stamp.expires_at is not None:
+            lifetime = (session.stamp.expires_at - session.stamp.obtained_at).total_seconds()
+        name, tls = self._destination()
+        self._events(
+            PoolReady(
+                at=utc_now(self._clock),
+                name=name,
+                provider=None if self._manager is None else self._manager.name,
+                lifetime=lifetime,
+                # What is had counts for more than what was asked for.
+                tls=(_tls_of_connection(opened[0]) if opened else None) or tls,
+                size=len(opened),
+            )
+        )
+
+    def _destination(self) -> tuple[str, TlsState]:
+        """Return where the arguments lead, and whether they ask for TLS."""
+        dsn, arguments = self._connect_args[0], routing_arguments(self._connect_kwargs)
+        try:
+            if self._connector is None:
+                route, is_forced = read_route(dsn, arguments), False
+            else:
+                route, is_forced = self._connector.route(dsn, self._connect_kwargs)
+            return _name_of(route), _tls_of_route(route, dsn, arguments, is_forced=is_forced)
+        except Exception:  # noqa: BLE001 - a report keeps no pool from opening: the first connect meets it again
+            return "unknown", "none"
 
     async def _acquire(self, timeout: float | None) -> AnyProxy:  # noqa: ASYNC109 - asyncpg's signature
         if timeout is not None or not self._checks_out_itself or self._closing:
@@ -627,6 +664,47 @@ async def _leave_as_it_is(_connection: AnyConnection) -> None:
     """Reset nothing."""
 
 
+def _name_of(route: Route) -> str:
+    """Return ``user@host:port/database``; every host, if there are several."""
+    hosts = ",".join(
+        f"[{target.host}]:{target.port}" if ":" in target.host else f"{target.host}:{target.port}"
+        for target in route.targets
+    )
+    first = route.targets[0]
+    user = "" if first.user is None else f"{first.user}@"
+    return f"{user}{hosts}" + ("" if first.database is None else f"/{first.database}")
+
+
+def _tls_of_connection(connection: AnyConnection) -> TlsState | None:
+    """Return how an open connection is protected; None: it does not show."""
+    transport: asyncio.Transport | None = getattr(connection, "_transport", None)
+    if transport is None:
+        return None
+    encryption: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+    if encryption is not None:
+        return _tls_of_context(encryption.context)
+    connected: socket.socket | None = transport.get_extra_info("socket")
+    if connected is None:
+        return None
+    return "local" if connected.family == getattr(socket, "AF_UNIX", None) else "none"
+
+
+def _tls_of_route(route: Route, dsn: str | None, arguments: Mapping[str, object], *, is_forced: bool) -> TlsState:
+    """Return how a connection will be protected at least: ``sslmode=prefer`` may come to nothing."""
+    if all(target.host.startswith("/") for target in route.targets):
+        return "local"
+    context = read_tls_context(dsn, arguments) if route.tls == "required" else None
+    if context is not None:
+        return _tls_of_context(context)
+    return "unverified" if is_forced else "none"
+
+
+def _tls_of_context(context: ssl.SSLContext) -> TlsState:
+    # sslmode=verify-ca takes any certificate of the authority, and a public one certifies everybody.
+    is_verified = context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
+    return "verified" if is_verified else "unverified"
+
+
 def _is_bindable(credentials: Credentials) -> bool:
     return not isinstance(credentials, TokenManager) and isinstance(credentials, BindableProvider)
 
@@ -793,7 +871,7 @@ async def connect(
     if credentials is None:
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain
-    events = Observers(on_event)
+    events = Observers(on_event, is_brief=True)
     built: dict[Target, TokenManager] = {}
 
     def manager_of(target: Target) -> TokenManager:
