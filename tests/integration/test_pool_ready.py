@@ -104,10 +104,11 @@ async def test_a_pool_that_is_ready_is_a_line_at_info(cloud, caplog):
     async with create_pool(cloud.dsn(), credentials=cloud.manager(), min_size=1):
         pass
 
-    assert [one.getMessage() for one in caplog.records if isinstance(one.event, PoolReady)] == [
-        f'Pool "app@127.0.0.1:{cloud.door.port}/postgres" is ready: 1 connection, credentials of "ScriptedProvider" that '
-        "live for 15 min, no TLS."
-    ]
+    (line,) = [one.getMessage() for one in caplog.records if isinstance(one.event, PoolReady)]
+    assert line == (
+        f'Pool "app@127.0.0.1:{cloud.door.port}/postgres" is ready: 1 connection, '
+        'credentials of "ScriptedProvider" that live for 15 min, no TLS.'
+    )
 
 
 async def test_a_pool_that_could_not_be_opened_is_not_ready(cloud):

@@ -126,13 +126,17 @@ def test_an_outage_is_a_line_when_it_begins_one_a_minute_and_one_when_it_ends(lo
         ("WARNING", '"Vault" gives no new credential: "sealed". Callers fail in 5 min. Next attempt in 1 s.'),
         (
             "WARNING",
-            '"Vault" gives no new credential: "sealed". Callers fail in 4 min. Next attempt in 1 s. '
-            "It has failed 61 times in 1 min. The traceback is with the line of 12:00:00 UTC.",
+            (
+                '"Vault" gives no new credential: "sealed". Callers fail in 4 min. Next attempt in 1 s. '
+                "It has failed 61 times in 1 min. The traceback is with the line of 12:00:00 UTC."
+            ),
         ),
         (
             "WARNING",
-            '"Vault" gives no new credential: "sealed". Callers fail in 3 min. Next attempt in 1 s. '
-            "It has failed 121 times in 2 min. The traceback is with the line of 12:00:00 UTC.",
+            (
+                '"Vault" gives no new credential: "sealed". Callers fail in 3 min. Next attempt in 1 s. '
+                "It has failed 121 times in 2 min. The traceback is with the line of 12:00:00 UTC."
+            ),
         ),
         ("INFO", '"Vault" gives credentials again, after 2 min 30 s and 150 failed attempts.'),
     ]

@@ -108,24 +108,32 @@ def test_the_log_level_rises_with_the_trouble(event, level, caplog):
         ),
         (
             FAILED,
-            '"Vault" gives no new credential: "sealed". Callers are served: the one in hand has no end. '
-            "Next attempt in 0.5 s.",
+            (
+                '"Vault" gives no new credential: "sealed". Callers are served: the one in hand has no end. '
+                "Next attempt in 0.5 s."
+            ),
         ),
         (
             FAILED_FOR_ALL,
-            '"Vault" gives no credential: "sealed". Callers fail, since none is left that is valid. '
-            "Next attempt in 0.5 s.",
+            (
+                '"Vault" gives no credential: "sealed". Callers fail, since none is left that is valid. '
+                "Next attempt in 0.5 s."
+            ),
         ),
         (
             dataclasses.replace(FAILED_FOR_ALL, retryable=False, retry_in=None),
-            '"Vault" gives no credential: "sealed". Callers fail, since none is left that is valid. '
-            "This is a refusal, and lasts until somebody changes something. "
-            "It is asked again when somebody needs a credential.",
+            (
+                '"Vault" gives no credential: "sealed". Callers fail, since none is left that is valid. '
+                "This is a refusal, and lasts until somebody changes something. "
+                "It is asked again when somebody needs a credential."
+            ),
         ),
         (
             dataclasses.replace(FAILED, message="Vault: fetch() raised KeyError at t.py:9 in parse; see the cause"),
-            '"Vault" gives no new credential: "fetch() raised KeyError at t.py:9 in parse". '
-            "Callers are served: the one in hand has no end. Next attempt in 0.5 s.",
+            (
+                '"Vault" gives no new credential: "fetch() raised KeyError at t.py:9 in parse". '
+                "Callers are served: the one in hand has no end. Next attempt in 0.5 s."
+            ),
         ),
         (
             INVALIDATED,
@@ -141,8 +149,10 @@ def test_the_log_level_rises_with_the_trouble(event, level, caplog):
         ),
         (
             dataclasses.replace(REFUSED, sqlstate=None, retrying=False),
-            'The server refused credential 0badcafe, generation 2: "refused" (no SQLSTATE). '
-            "There is no newer one to try, so the connect fails.",
+            (
+                'The server refused credential 0badcafe, generation 2: "refused" (no SQLSTATE). '
+                "There is no newer one to try, so the connect fails."
+            ),
         ),
         (OPENED, "Opened a connection of generation 2 in 0.01 s."),
         (
@@ -152,8 +162,10 @@ def test_the_log_level_rises_with_the_trouble(event, level, caplog):
         (RETIRED, 'Retired a connection of generation 1 after 12 s: "rotated".'),
         (
             NOT_REPLACED,
-            'A connection could not be replaced: "TooManyConnectionsError 53300"; the old one serves on. '
-            "Next attempt in 1 s.",
+            (
+                'A connection could not be replaced: "TooManyConnectionsError 53300"; the old one serves on. '
+                "Next attempt in 1 s."
+            ),
         ),
         (
             dataclasses.replace(EXPIRING, expires_at=NOON + timedelta(days=2, hours=3)),
@@ -167,8 +179,10 @@ def test_the_log_level_rises_with_the_trouble(event, level, caplog):
         ),
         (
             READY,
-            'Pool "app@db.example.com:5432/shop" is ready: 10 connections, credentials of "OAuth2" that live for '
-            "15 min, TLS, and the server is verified.",
+            (
+                'Pool "app@db.example.com:5432/shop" is ready: 10 connections, credentials of "OAuth2" that live for '
+                "15 min, TLS, and the server is verified."
+            ),
         ),
         (
             dataclasses.replace(READY, provider=None, lifetime=None, tls="local", size=1),
@@ -176,8 +190,10 @@ def test_the_log_level_rises_with_the_trouble(event, level, caplog):
         ),
         (
             dataclasses.replace(READY, lifetime=None, tls="unverified"),
-            'Pool "app@db.example.com:5432/shop" is ready: 10 connections, credentials of "OAuth2", TLS, but the server '
-            "is not verified.",
+            (
+                'Pool "app@db.example.com:5432/shop" is ready: 10 connections, credentials of "OAuth2", TLS, but the '
+                "server is not verified."
+            ),
         ),
     ],
 )
