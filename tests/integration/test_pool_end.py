@@ -177,8 +177,9 @@ def run(program, *options):
         "manager = asyncpool_creds.TokenManager(Source())\n",
         "manager = asyncpool_creds.TokenManager(Source())\n" + POOL.format(size=1).replace("Source()", "manager"),
         "managers = asyncpool_creds.TokenManagers(lambda name: Source())\nmanagers.manager('one')\n",
+        "async def of(name): return Source()\nmanagers = asyncpool_creds.TokenManagers(of)\nmanagers.manager('one')\n",
     ],
-    ids=["pool", "manager", "pool with a manager", "managers"],
+    ids=["pool", "manager", "pool with a manager", "managers", "managers of an async function"],
 )
 def test_what_is_made_and_never_used_says_nothing_at_exit(made, options):
     assert run(made + "loop.close()\n", *options) == ""
