@@ -478,13 +478,13 @@ class Observers:
 
     Args:
         on_event: The callbacks; None: `log_event`.
-        is_brief: The owner lives for a moment only, so `log_event` has to remember for it what fails.
+        is_short_lived: The owner lives for a moment only, so `log_event` has to remember for it what fails.
     """
 
-    __slots__ = ("_callbacks", "_is_brief")
+    __slots__ = ("_callbacks", "_is_short_lived")
 
-    def __init__(self, on_event: Observer | Iterable[Observer] | None, *, is_brief: bool = False) -> None:
-        self._is_brief = is_brief
+    def __init__(self, on_event: Observer | Iterable[Observer] | None, *, is_short_lived: bool = False) -> None:
+        self._is_short_lived = is_short_lived
         if on_event is None:
             on_event = log_event
         self._callbacks: list[Observer] = []
@@ -517,7 +517,7 @@ class Observers:
                 _logger.exception("observer %s failed on %s", _name(callback), type(event).__name__)
 
     def _own(self, callback: Observer) -> Observer:
-        return EventLog(_entry_of) if callback is log_event and not self._is_brief else callback
+        return EventLog(_entry_of) if callback is log_event and not self._is_short_lived else callback
 
 
 class _Subscription:

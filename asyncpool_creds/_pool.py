@@ -341,10 +341,10 @@ class CredentialPool(_Pool[RecordT]):
                 await self._rotation.stop()
             except BaseException:
                 self.terminate()
-                self._closing = False
                 raise
             await super().close()
         finally:
+            self._closing = False  # closed, that is, though perhaps not by asyncpg's close
             await asyncio.shield(self._dispose_once(asyncio.get_running_loop()))
 
     def terminate(self) -> None:
@@ -395,7 +395,8 @@ class CredentialPool(_Pool[RecordT]):
         self._report_ready()
 
     def _report_ready(self) -> None:
-        opened = [slot.connection for slot in self.slots() if slot.connection is not None]
+        connections = [slot.connection for slot in self.slots()]
+        opened = [one for one in connections if one is not None and not one.is_closed()]
         session = self._sessions.get(opened[0]) if opened else None
         lifetime = None
         if session is not None and session.stamp is not None and session.stamp.expires_at is not None:
@@ -465,7 +466,7 @@ class CredentialPool(_Pool[RecordT]):
     async def _new_connection(self, *, replacement: bool) -> AnyConnection:
         started = self._clock.monotonic()
         try:
-            connection = await self._connected()
+            connection = await self._connect_when_there_is_room()
         except ManagerClosed:
             if not self.is_closing():
                 raise
@@ -487,7 +488,7 @@ class CredentialPool(_Pool[RecordT]):
         )
         return connection
 
-    async def _connected(self) -> AnyConnection:
+    async def _connect_when_there_is_room(self) -> AnyConnection:
         try:
             return await super()._get_new_connection()
         except asyncpg.TooManyConnectionsError:
@@ -871,7 +872,7 @@ async def connect(
     if credentials is None:
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain
-    events = Observers(on_event, is_brief=True)
+    events = Observers(on_event, is_short_lived=True)
     built: dict[Target, TokenManager] = {}
 
     def manager_of(target: Target) -> TokenManager:

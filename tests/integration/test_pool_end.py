@@ -134,6 +134,20 @@ async def test_a_close_that_is_cancelled_early_leaves_a_closed_pool(cloud):
     await pool.close()
 
 
+async def test_a_pool_that_is_terminated_while_it_closes_is_closed(cloud):
+    pool = await cloud.pool(retire_when="rotated")
+    cloud.door.hang_at(Stage.VERIFY)
+    await pool.manager.refresh()
+    await cloud.door.reached(Stage.VERIFY)
+    closing = asyncio.ensure_future(pool.close())
+    await asyncio.sleep(0)
+
+    pool.terminate()
+
+    await closing
+    assert await outcome(pool.acquire()) == IS_CLOSED
+
+
 async def test_a_manager_of_the_users_own_that_is_closed_too_early_is_named(cloud):
     manager = cloud.manager()
     async with cloud.pool(credentials=manager, min_size=0) as pool:

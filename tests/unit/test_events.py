@@ -402,6 +402,6 @@ def test_owners_with_sources_of_the_same_name_do_not_hide_each_others_lines(how,
 
 def test_owners_that_live_for_a_moment_share_one_memory(caplog):
     for _ in range(50):
-        Observers(None, is_brief=True)(dataclasses.replace(FAILED, provider="asked for each connect"))
+        Observers(None, is_short_lived=True)(dataclasses.replace(FAILED, provider="asked for each connect"))
 
     assert [record.levelname for record in caplog.records if record.levelno > logging.DEBUG] == ["WARNING"]
