@@ -572,6 +572,11 @@ class CredentialPool(_Pool[RecordT]):
         session = self._sessions.get(connection)
         return None if session is None else session.ended(self._clock, self._retire_when, self._rotation.epoch)
 
+    def is_irreplaceable(self, connection: AnyConnection) -> bool:
+        """Return whether `connection` is served past the end of its credential, and no other can be had."""
+        session = self._sessions.get(connection)
+        return session is not None and self._rotation.serves_on(session)
+
     def is_worth_replacing(self, connection: AnyConnection) -> bool:
         """Return whether `connection` is past the end of its credential, and a better one may be had."""
         session = self._sessions.get(connection)

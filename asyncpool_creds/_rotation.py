@@ -274,6 +274,10 @@ class Rotation:
             self._serve_overdue(self._failure)
         return not self._serves_overdue
 
+    def serves_on(self, session: Session) -> bool:
+        """Return whether a connection is past the end of its credential, and no other can be had."""
+        return self._serves_overdue and session.is_overdue(self._clock, self._retire_when)
+
     async def wait_for_replacement(self, slot: Slot) -> None:
         """Wait until the connection in `slot`, which is past its end, has been replaced, or until that is given up.
 
