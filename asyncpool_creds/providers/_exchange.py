@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import anyio
 
 from asyncpool_creds._clock import utc_now
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, StorageFailed, log_event
-from asyncpool_creds._tracebacks import clear_frames
+from asyncpool_creds._tracebacks import clear_frames, place_of
 from asyncpool_creds.providers._spent import SPENT, is_mark_of, mark_of
 from asyncpool_creds.providers._token_endpoint import Answer, Failure, refresh_token_in
-from asyncpool_creds.storage import SpentMarks, StoredTokens, TokenStorage
+from asyncpool_creds.storage import SpentMarks, StoredTokens, TokenStorage, UnreadableTokensError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Task
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Exchange", "Login"]
 
 T = TypeVar("T")
+_Action: TypeAlias = Literal["load", "save", "lock"]
 
 _logger = logging.getLogger("asyncpool_creds")
 
@@ -235,7 +237,7 @@ class Exchange:
                 raise ProviderError(
                     f"{self._source}: the storage of the refresh token failed, and without it the token is not sent; "
                     "see the cause"
-                ) from error.__cause__
+                ) from error.reason
             self._let_close()
             self._passed_over = None if self._stored is None else self._stored.credential
             return _or_throw(self._login.credential_in(_or_throw(await self._login.log_in())))
@@ -245,11 +247,7 @@ class Exchange:
     @asynccontextmanager
     async def _locked(self) -> AsyncGenerator[None]:
         lock = self._storage.lock(self._key)
-        try:
-            await lock.__aenter__()
-        except Exception as error:
-            self._report_storage("lock", error)
-            raise _StorageError from error
+        await self._ask_storage("lock", lock.__aenter__)
         try:
             yield
         finally:
@@ -261,11 +259,7 @@ class Exchange:
     async def _known(self) -> StoredTokens | None:
         """Return the tokens to go on with: those stored, or newer ones that could not be stored."""
         before = self._stored
-        try:
-            stored = self._stored = await self._storage.load(self._key)
-        except Exception as error:
-            self._report_storage("load", error)
-            raise _StorageError from error
+        stored = self._stored = await self._ask_storage("load", partial(self._storage.load, self._key))
         if self._unsaved is not None:
             if self._is_newer(self._unsaved, stored):
                 return self._unsaved.tokens
@@ -297,6 +291,8 @@ class Exchange:
         credential = None if known is None else known.credential
         if known is None or credential is None:
             return None
+        if self._given is not None and self._was_sent(known) and not known.is_being_spent:
+            return None  # the storage has gone back to what was given before
         seen = (self._given, self._refused, self._passed_over)
         if any(one is not None and one.is_same_secret(credential) for one in seen):
             return None
@@ -416,11 +412,7 @@ class Exchange:
             return True
         if self._marks is None:
             return False
-        try:
-            mark = await self._marks.load_mark(self._key)
-        except Exception as error:
-            self._report_storage("load", error)
-            raise _StorageError from error
+        mark = await self._ask_storage("load", partial(self._marks.load_mark, self._key))
         if mark is None or not is_mark_of(first, mark):
             return False
         SPENT.add(self._where, first)
@@ -475,20 +467,22 @@ class Exchange:
             self._stored is None or self._stored.refresh_token != held.refresh_token
         )
         try:
-            await self._storage.save(self._key, marked)
-            if held.refresh_token == self._first:
-                self._is_mark_left = True
-                await self._save_mark()
-                self._is_mark_left = False
-        except Exception as error:
-            self._report_storage("save", error, "a refresh token could not be marked before it is sent")
+            await self._ask_storage("save", partial(self._save_marks, marked), "a refresh token could not be marked")
+        except _StorageError:
             if not is_ours_alone:
                 # The mark may be there all the same, and nothing was sent.
                 self._save_later(held, replaces=marked)
-                raise _StorageError from error
+                raise
             self._save_later(marked, replaces=self._stored)
         else:
             self._stored, self._unsaved = marked, None
+
+    async def _save_marks(self, marked: StoredTokens) -> None:
+        await self._storage.save(self._key, marked)
+        if marked.refresh_token == self._first:
+            self._is_mark_left = True  # until nothing can come between it and the request
+            await self._save_mark()
+            self._is_mark_left = False
 
     async def _unmark(self, held: StoredTokens) -> None:
         """Take the mark back: the token was not sent, or it was answered."""
@@ -531,13 +525,30 @@ class Exchange:
         except _StorageError:
             _logger.debug("%s: what could not be stored is kept in memory for now", self._source)
 
-    def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception, so: str | None = None) -> None:
-        what = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
-        told = what if so is None else f"{what}; {so}"
+    async def _ask_storage(self, action: _Action, request: Callable[[], Awaitable[T]], so: str | None = None) -> T:
+        try:
+            return await request()
+        except Exception as error:  # noqa: BLE001 - a storage may be anybody's
+            reason = self._report_storage(action, error, so)
+        # Not in the handler: what a foreign exception says would be found as the context of this one.
+        raise _StorageError(reason)
+
+    def _report_storage(self, action: _Action, error: Exception, so: str | None = None) -> Exception:
+        """Report a failure, and return it in words that can be shown."""
+        place = place_of(error)
         clear_frames(error)
+        shown: Exception
+        if isinstance(error, (OSError, UnreadableTokensError)):
+            shown, what = error, f"{type(error).__name__}: {error}"
+        else:
+            # It may quote what it was given.
+            what = type(error).__name__ if place is None else f"{type(error).__name__} at {place}"
+            shown = RuntimeError(f"the storage raised {what}")
+        message = what if so is None else f"{what}; {so}"
         self._observer(
-            StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=error, message=told)
+            StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=shown, message=message)
         )
+        return shown
 
     # -- small change
 
@@ -546,7 +557,11 @@ class Exchange:
 
 
 class _StorageError(Exception):
-    """The storage could not be locked, read or marked; it has been reported, and is the cause."""
+    """The storage could not be locked, read or marked, which has been reported."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason: Final = reason
 
 
 def _due(credential: Credential, obtained_at: datetime) -> datetime | None:

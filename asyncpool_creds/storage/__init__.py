@@ -18,7 +18,11 @@ FORMAT: Final = 1
 LONGEST_TEXT: Final = 1_048_576
 
 
-class LaterFormatError(ValueError):
+class UnreadableTokensError(ValueError):
+    """What is stored makes no sense. This says where it is and what to do, and nothing of what was read."""
+
+
+class LaterFormatError(UnreadableTokensError):
     """What is stored was written by a later version of asyncpool_creds: it is neither read nor overwritten."""
 
     def __init__(self, where: str) -> None:
@@ -118,7 +122,7 @@ class StoredTokens:
         if tokens is None:
             if is_later_format(text):
                 raise LaterFormatError("what is stored")
-            raise ValueError("these are no stored tokens, or damaged ones; delete them, and log in again")
+            raise UnreadableTokensError("these are no stored tokens, or damaged ones; delete them, and log in again")
         return tokens
 
     def __copy__(self) -> Self:

@@ -15,7 +15,7 @@ from typing import Final, cast
 
 import anyio.to_thread
 
-from asyncpool_creds.storage import LONGEST_TEXT, LaterFormatError, StoredTokens, is_later_format
+from asyncpool_creds.storage import LONGEST_TEXT, LaterFormatError, StoredTokens, UnreadableTokensError, is_later_format
 from asyncpool_creds.storage._file_locks import FileLocks, threads
 from asyncpool_creds.storage._frames import without_locals
 from asyncpool_creds.storage._turns import in_thread
@@ -247,5 +247,5 @@ def _too_large(path: Path) -> OSError:
     return OSError(errno.EFBIG, "the file with the tokens is larger than 1 MiB; delete it", str(path))
 
 
-def _damaged(path: Path) -> ValueError:
-    return ValueError(f"the file with the tokens is damaged: {path}; delete it, and log in again")
+def _damaged(path: Path) -> UnreadableTokensError:
+    return UnreadableTokensError(f"the file with the tokens is damaged: {path}; delete it, and log in again")

@@ -25,7 +25,7 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("the keyring needs a library: pip install 'asyncpool-creds[keyring]'") from _missing
 
-from asyncpool_creds.storage import LaterFormatError, StoredTokens, is_later_format
+from asyncpool_creds.storage import LaterFormatError, StoredTokens, UnreadableTokensError, is_later_format
 from asyncpool_creds.storage._file_locks import FileLocks
 from asyncpool_creds.storage._frames import quotes, without_locals
 from asyncpool_creds.storage._turns import in_thread
@@ -216,7 +216,9 @@ class KeyringStorage:
             listed = None
         if isinstance(listed, list):
             return cast("list[str]", listed)
-        raise ValueError(f"the list of tokens in the keyring, {_LIST!r} of {self._service!r}, is damaged; delete it")
+        raise UnreadableTokensError(
+            f"the list of tokens in the keyring, {_LIST!r} of {self._service!r}, is damaged; delete it"
+        )
 
     def __repr__(self) -> str:
         return f"<KeyringStorage {self._service!r} in {self._entries!r}>"
@@ -253,7 +255,7 @@ class _Entries:
         letter, count = _read_head(head)
         parts = [self._get(_part(name, letter, number)) for number in range(count)]
         if not parts or None in parts:
-            raise ValueError(f"the entry {name!r} of {self._service!r} in the keyring is damaged; delete it")
+            raise UnreadableTokensError(f"the entry {name!r} of {self._service!r} in the keyring is damaged; delete it")
         return "".join(cast("list[str]", parts))
 
     def put(self, name: str, text: str) -> None:
