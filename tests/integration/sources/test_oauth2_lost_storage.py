@@ -244,7 +244,11 @@ async def test_two_that_send_in_the_same_moment_send_once(make, issuer, refresh_
 
 async def test_the_token_of_another_issuer_is_another_one(make):
     tokens = httpx.MockTransport(lambda _: httpx.Response(200, json={"access_token": "a", "refresh_token": "b"}))
-    options = {"refresh_token": secret("by chance"), "issuer": None, "http_client": lambda: httpx.AsyncClient(transport=tokens)}
+    options = {
+        "refresh_token": secret("by chance"),
+        "issuer": None,
+        "http_client": lambda: httpx.AsyncClient(transport=tokens),
+    }
 
     for host in ("one", "other"):
         await make(token_url=f"https://{host}.example.com/token", **options).fetch()
