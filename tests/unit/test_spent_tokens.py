@@ -55,9 +55,7 @@ def test_one_of_many_threads_gets_to_send_a_token():
 
     def send():
         gate.wait()
-        for number in range(500):
-            if spent.add(HERE, secret(str(number))):
-                winners.append(number)
+        winners.extend(number for number in range(500) if spent.add(HERE, secret(str(number))))
 
     threads = [threading.Thread(target=send) for _ in range(8)]
     for thread in threads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import httpx
 import processes
@@ -208,10 +207,7 @@ async def test_a_provider_in_another_event_loop_does_not_send_it_either(make, is
         errors.append(await refusal(provider))
         await provider.aclose()
 
-    thread = threading.Thread(target=asyncio.run, args=[elsewhere()])
-    thread.start()
-    while thread.is_alive():
-        await asyncio.sleep(0.005)
+    await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
 
     assert "was sent before" in str(errors[0])
 

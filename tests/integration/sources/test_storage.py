@@ -371,7 +371,6 @@ def test_wrong_stored_tokens_are_refused(arguments, error, names):
         lambda document: [document],
         lambda document: {**document, "format": 0},
         lambda document: {**document, "format": "2"},
-        lambda document: {**document, "format": True},
         lambda document: {**document, "refresh_token": "x" * 1_048_576},
         lambda document: {**document, "refresh_token": 5},
         lambda document: {**document, "expires_at": "soon"},

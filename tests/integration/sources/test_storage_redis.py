@@ -384,6 +384,7 @@ async def test_a_server_that_speaks_another_language_is_not_quoted():
         await reader.read(100)
         writer.write(f"{secret('stored by somebody')}\r\n".encode())
         await writer.drain()
+        writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
         port = listener.sockets[0].getsockname()[1]
@@ -398,7 +399,7 @@ async def test_a_server_that_quotes_what_it_was_given_is_not_repeated(server, cl
         raise ResponseError(f"ERR cannot keep {TOKENS.to_json()[:60]}")
 
     monkeypatch.setattr(Redis, "evalsha", refuse)
-    with pytest.raises(OSError, match="^Redis refused: ResponseError$") as caught:
+    with pytest.raises(OSError, match=r"^Redis refused: ResponseError$") as caught:
         await storage.save("key", TOKENS)
     assert_no_secret(caught.value)
 
