@@ -160,7 +160,7 @@ class Exchange:
         self._unsaved: _Unsaved | None = None
         self._saving: Task[None] | None = None
         self._warned_of: datetime | None = None
-        self._is_mark_left = False  # a mark could not be taken away, though the first token is good
+        self._is_mark_left = False  # though the first token is good: it could not be taken away
 
     def report_to(self, observer: Observer) -> None:
         """Send events to `observer`, and no longer to the log."""
@@ -225,7 +225,6 @@ class Exchange:
         try:
             async with self._locked():
                 known = await self._known()
-                await self._take_mark_away_that_was_left(known)
                 credential = self._adoptable(known)
                 if credential is None:
                     await self._login.prepare()
@@ -429,7 +428,7 @@ class Exchange:
             SPENT.add(self._where, held.refresh_token)
             if held.is_reusable and held.refresh_token == self._first:
                 await self._put_mark()  # the issuer has begun to rotate it
-        elif not held.is_reusable and held.refresh_token == self._first:
+        elif held.refresh_token == self._first and (self._is_mark_left or not held.is_reusable):
             await self._take_mark_away()
 
     async def _put_mark(self) -> None:
@@ -448,15 +447,9 @@ class Exchange:
             return
         try:
             await self._marks.save_mark(self._key, None)
-        except Exception as error:  # noqa: BLE001 - it is tried again
+        except Exception as error:  # noqa: BLE001 - it is tried again with the next exchange
             self._is_mark_left = True
             self._report_storage("save", error, "the mark of a refresh token that is still good could not be removed")
-
-    async def _take_mark_away_that_was_left(self, known: StoredTokens | None) -> None:
-        # Only if the storage itself says that the token is good: another process may have sent it since.
-        is_good = known is not None and known.refresh_token == self._first and not known.is_being_spent
-        if self._is_mark_left and is_good:
-            await self._take_mark_away()
 
     # -- storing
 
@@ -480,9 +473,7 @@ class Exchange:
     async def _save_marks(self, marked: StoredTokens) -> None:
         await self._storage.save(self._key, marked)
         if marked.refresh_token == self._first:
-            self._is_mark_left = True  # until nothing can come between it and the request
             await self._save_mark()
-            self._is_mark_left = False
 
     async def _unmark(self, held: StoredTokens) -> None:
         """Take the mark back: the token was not sent, or it was answered."""

@@ -118,7 +118,7 @@ async def test_cancelling_one_who_waits_anywhere_leaves_the_lock_to_its_holder(s
 
 
 @pytest.mark.parametrize("how", ["waiting", "ready", "twice"])
-@pytest.mark.parametrize("what", ["load", "save", "delete", "keys"])
+@pytest.mark.parametrize("what", ["load", "save", "delete", "keys", "load mark", "save mark", "remove mark"])
 async def test_cancelling_anything_else_anywhere_leaves_all_or_nothing_of_it(storage, others, what, how):
     async def once(run: Run) -> None:
         await storage.save("key", OLD)
@@ -128,6 +128,14 @@ async def test_cancelling_anything_else_anywhere_leaves_all_or_nothing_of_it(sto
             "delete": lambda: storage.delete("key"),
             "keys": storage.keys,
         }
+        if hasattr(storage, "save_mark"):
+            operations |= {
+                "load mark": lambda: storage.load_mark("key"),
+                "save mark": lambda: storage.save_mark("key", "a:b"),
+                "remove mark": lambda: storage.save_mark("key", None),
+            }
+        elif what not in operations:
+            return  # memory has no marks
 
         await run(operations[what]())
 

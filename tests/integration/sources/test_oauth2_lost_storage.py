@@ -302,25 +302,33 @@ async def test_a_mark_that_cannot_be_read_is_a_mark(make, storage, refresh_token
     assert issuer.requests == {}
 
 
-async def test_a_mark_that_could_not_be_removed_is_removed_later(make, issuer, refresh_token):
-    storage = Switchable()
+@pytest.mark.parametrize("why", ["not sent", "reusable"])
+async def test_a_mark_that_could_not_be_removed_is_removed_later(make, issuer, observer, refresh_token, why):
+    class Keeping(Switchable):
+        async def save_mark(self, key, mark):
+            if mark is None and self.failing_marks:
+                raise OSError("cannot remove")
+            self.marks[key] = mark
+
+    storage = Keeping()
     provider = make(refresh_token=refresh_token, storage=storage, issuer=None, token_url=issuer.token_url)
-    await issuer.go_down()
-    save_mark = storage.save_mark
+    storage.failing_marks = True
+    if why == "not sent":
+        await issuer.go_down()
+        use = refusal
+    else:
+        issuer.rotate_refresh_tokens = False
+        use = OAuth2.fetch
+    await use(provider)
+    left = [mark is not None for mark in storage.marks.values()]
 
-    async def fail_to_remove(key, mark):
-        storage.failing_marks = mark is None
-        await save_mark(key, mark)
+    storage.failing_marks = False
+    for _ in range(2):
+        await use(provider)
 
-    storage.save_mark = fail_to_remove
-    await refusal(provider)
-    left = dict(storage.marks)
-    storage.save_mark, storage.failing_marks = save_mark, False
-
-    await refusal(provider)
-
-    assert [mark is None for mark in left.values()] == [False]
+    assert left == [True]
     assert set(storage.marks.values()) == {None}
+    assert ["could not be removed" in event.message for event in observer.of(StorageFailed)] == [True]
 
 
 # Gone back

@@ -455,6 +455,27 @@ async def test_a_foreign_exception_of_a_storage_is_nowhere_in_the_error(make, re
     assert_no_secret(error)
 
 
+async def test_the_error_in_an_event_has_no_tokens_in_its_frames(issuer):
+    class CarelessStorage(MemoryStorage):
+        async def save(self, key, tokens):
+            text = tokens.to_json()
+            raise OSError(f"cannot save {len(text)} characters")
+
+    shown = []
+
+    def show(event):
+        if isinstance(event, StorageFailed):
+            shown.extend(traceback.TracebackException.from_exception(event.error, capture_locals=True).format())
+
+    provider = OAuth2(issuer.url, **LOGIN, storage=CarelessStorage())
+    provider.report_to(show)
+    credential = await provider.fetch()
+    await provider.aclose()
+
+    assert "cannot save" in "".join(shown)
+    assert credential.password not in "".join(shown)
+
+
 @pytest.mark.parametrize("what", ["lock", "load", "mark", None])
 async def test_an_error_leaves_no_token_in_the_frames_it_came_through(make, issuer, refresh_token, what):
     storage = FailingStorage()
