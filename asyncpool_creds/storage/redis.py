@@ -21,7 +21,7 @@ import anyio.to_thread
 try:
     from redis.asyncio import Redis
     from redis.asyncio.connection import SSLConnection, parse_url
-    from redis.exceptions import AuthenticationError, InvalidResponse, RedisError
+    from redis.exceptions import AuthenticationError, InvalidResponse, ReadOnlyError, RedisError
     from redis.exceptions import ConnectionError as RedisConnectionError
     from redis.exceptions import TimeoutError as RedisTimeoutError
 except ImportError as _missing:  # pragma: no cover
@@ -67,7 +67,7 @@ return redis.call('DEL', KEYS[1], KEYS[2])
 _WRITE: Final = """
 if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
 if ARGV[4] ~= '' then
-  local is_json, old = pcall(cjson.decode, redis.call('GET', KEYS[1]) or '')
+  local is_json, old = pcall(cjson.decode, redis.pcall('GET', KEYS[1]) or '')
   if is_json and type(old) == 'table' and type(old.format) == 'number' and old.format > tonumber(ARGV[4]) then
     return 2
   end
@@ -345,11 +345,17 @@ class RedisStorage:
 _inherited: Final[list[Redis]] = []
 
 
+class _Connections(Protocol):
+    def disconnect(self, inuse_connections: bool = True) -> Awaitable[None]: ...
+
+
 class _Commands(Protocol):
     """What is used of a client, whose own types are incomplete."""
 
     def get(self, name: str) -> Awaitable[object]: ...
     def scan(self, cursor: int, *, match: str, count: int) -> Awaitable[object]: ...
+    @property
+    def connection_pool(self) -> _Connections: ...
     def register_script(self, script: str) -> Callable[[tuple[str, ...], tuple[str, ...]], Awaitable[object]]: ...
 
 
@@ -364,13 +370,17 @@ class _SharedContext(SSLConnection):
 async def _insist(question: Callable[[_Commands], Awaitable[object]], client: _Commands) -> object:
     """Return the answer to `question`, which is asked again if the connection breaks.
 
-    That is what becomes of one that was idle for minutes. Every question may be asked twice: it would change nothing.
+    That is what becomes of one that was idle for minutes. It is also asked again, with a new connection, where the
+    other end has become a replica: after a failover the address leads to the new primary, and open connections to the
+    old one. Every question may be asked twice: it would change nothing.
     """
     for pause in islice(pauses(_LONGEST_PAUSE), _ATTEMPTS - 1):
         try:
             return await question(client)
         except AuthenticationError:
             raise
+        except ReadOnlyError:
+            await client.connection_pool.disconnect(inuse_connections=False)
         except RedisConnectionError:
             await asyncio.sleep(pause)
     return await question(client)

@@ -148,6 +148,14 @@ async def test_an_entry_of_a_later_format_is_neither_read_nor_overwritten(storag
     assert await storage.load("key") == OTHERS
 
 
+async def test_what_cannot_be_tokens_is_overwritten(storage, client):
+    await client.lpush("asyncpool_creds:{key}:tokens", "x")
+
+    await storage.save("key", TOKENS)
+
+    assert await storage.load("key") == TOKENS
+
+
 @pytest.mark.parametrize("text", ["", "[", "[]", "5", "null", '{"format": "2"}', "\xff", "{}", '{"format": 1}'])
 async def test_what_is_no_later_format_is_overwritten(storage, client, text):
     await client.set("asyncpool_creds:{key}:tokens", text)
@@ -312,6 +320,38 @@ async def test_a_server_that_is_gone_is_an_error_and_one_that_is_back_is_used_ag
             server.start()
             async with storage.lock("key"):
                 await storage.save("key", OTHERS)
+            assert await storage.load("key") == OTHERS
+
+
+async def test_a_connection_to_what_has_become_a_replica_is_given_up(server, client):
+    with RedisServer(password=secret("redis")) as other:
+        port = server.port
+
+        async def pass_on(reader, writer):
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+
+            async def pump(source, target):
+                while data := await source.read(65536):
+                    target.write(data)
+                target.close()
+
+            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer), return_exceptions=True)
+
+        async with (
+            await asyncio.start_server(pass_on, "127.0.0.1", 0) as address,
+            RedisStorage(server.url(port=address.sockets[0].getsockname()[1])) as storage,
+        ):
+            await storage.save("key", TOKENS)
+            await client.replicaof("127.0.0.1", other.port)
+            try:
+                with pytest.raises(OSError, match="Redis refused: ReadOnlyError"):
+                    await storage.save("key", OTHERS)
+                port = other.port
+                async with storage.lock("key"):
+                    await storage.save("key", OTHERS)
+            finally:
+                await client.replicaof("NO", "ONE")
+
             assert await storage.load("key") == OTHERS
 
 
