@@ -171,6 +171,8 @@ class TokenStorage(Protocol):
             stored = await storage.load(key)
             fresh = await exchange(stored)
             await storage.save(key, fresh)
+
+    It may also have `SpentMarks`.
     """
 
     async def load(self, key: str) -> StoredTokens | None:

@@ -310,7 +310,8 @@ class RedisStorage:
             complaint, text = f"Redis refused: {type(error).__name__}", str(error).partition(", with args")[0]
         if quotes(text, told):
             cause, text = None, ""
-        raise OSError(f"{complaint}: {text}" if text else complaint) from cause
+        with without_locals():  # those of the client have its password
+            raise OSError(f"{complaint}: {text}" if text else complaint) from cause
 
     async def _open(self) -> Redis:
         home = (os.getpid(), asyncio.get_running_loop())

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import ssl
+import traceback
 import warnings
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -406,9 +407,17 @@ async def test_a_save_that_was_given_up_is_not_done_after_the_lock_has_passed_on
 
 async def test_a_wrong_password_is_told_and_not_shown(server):
     async with RedisStorage(server.url(password=secret("wrong"))) as storage:
-        with pytest.raises(OSError, match=r"Redis cannot be used: AuthenticationError") as caught:
-            await storage.load("key")
-    assert_no_secret(caught.value, storage)
+        for question in (storage.load("key"), storage.save("key", TOKENS), storage.keys(), take(storage)):
+            with pytest.raises(OSError, match=r"Redis cannot be used: AuthenticationError") as caught:
+                await question
+            shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+            assert "redis/asyncio/connection.py" in shown
+            assert_no_secret(caught.value, storage, shown)
+
+
+async def take(storage):
+    async with storage.lock("key"):
+        pass
 
 
 async def test_a_server_without_scripts_is_told_of_and_shows_nothing():
