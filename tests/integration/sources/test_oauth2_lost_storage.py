@@ -302,6 +302,24 @@ async def test_a_mark_that_cannot_be_read_is_a_mark(make, storage, refresh_token
     assert issuer.requests == {}
 
 
+async def test_a_mark_that_cannot_be_saved_when_an_issuer_begins_to_rotate_is_told(
+    make, issuer, observer, refresh_token
+):
+    storage = Switchable()
+    issuer.rotate_refresh_tokens = False
+    provider = make(refresh_token=refresh_token, storage=storage)
+    await provider.fetch()
+    issuer.rotate_refresh_tokens = True
+    storage.failing_marks = True
+
+    for _ in range(2):
+        await provider.fetch()
+
+    (event,) = observer.of(StorageFailed)
+    assert "the storage may not tell later that the first refresh token was sent" in event.message
+    assert issuer.requests == {"refresh_token": 3}
+
+
 @pytest.mark.parametrize("why", ["not sent", "reusable"])
 async def test_a_mark_that_could_not_be_removed_is_removed_later(make, issuer, observer, refresh_token, why):
     class Keeping(Switchable):

@@ -159,6 +159,8 @@ async def test_a_missing_part_is_named_and_nothing_is_shown(backend, tmp_path):
     ) as caught:
         await storage.load("key")
     assert_no_secret(caught.value)
+    await storage.save("key", TOKENS)
+    assert await storage.load("key") == TOKENS
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "split", "split a", "split a 0", "split c 1"])
