@@ -477,10 +477,9 @@ class Exchange:
 
     async def _unmark(self, held: StoredTokens) -> None:
         """Take the mark back: the token was not sent, or it was answered."""
-        if held.is_reusable:
+        if held.is_reusable or held.refresh_token is None:
             return
-        if held.refresh_token is not None:
-            SPENT.discard(self._where, held.refresh_token)
+        SPENT.discard(self._where, held.refresh_token)
         if held.refresh_token == self._first:
             await self._take_mark_away()
         await self._save(held)

@@ -40,9 +40,6 @@ class _Sealed:
 
     __deepcopy__ = __reduce__ = _refuse
 
-    def __repr__(self) -> str:
-        return "<sealed>"
-
 
 _SEAL: Final = _Sealed()
 
