@@ -138,6 +138,7 @@ class Globus:
         exchange = Exchange(
             source,
             _Login(source, name, self._endpoint(source, _TOKEN), scope),
+            where=self._url,
             can_log_in=scope is not None,
             needs_a_person=False,
             first=None,

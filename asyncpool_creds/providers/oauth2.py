@@ -281,6 +281,7 @@ class OAuth2:
         self._exchange: Final = Exchange(
             "oauth2",
             login,
+            where=self._where,
             can_log_in=self._grant != "refresh_token",
             needs_a_person=self._grant == "device_code",
             first=refresh_token,

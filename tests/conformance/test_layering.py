@@ -28,7 +28,7 @@ FOR_PROVIDERS = {"_credential", "_expiry", "_errors", "_tracebacks", "_clock", "
 # What several sources have in common; each may import what stands before it, and every source all of them.
 SHARED_BY_PROVIDERS = [
     *("_arguments", "_retry_after", "_document", "_http"),
-    *("_token_endpoint", "_exchange"),
+    *("_token_endpoint", "_spent", "_exchange"),
     *("_vault_login", "_vault_server"),
     *("_aws_errors", "_aws_account"),
 ]
