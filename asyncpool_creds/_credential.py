@@ -10,18 +10,39 @@ from typing import Final, NoReturn, Self
 
 from asyncpool_creds._expiry import read_validity
 
-__all__ = ["Credential"]
+__all__ = ["Credential", "Sealed"]
 
 # Fingerprints are keyed and die with the process: a hash of a short password that
 # anyone could recompute from a log would be the password itself, a little slower.
 _FINGERPRINT_KEY: Final = os.urandom(32)
 
 
+class Sealed:
+    """A field that nobody can copy, so that whoever copies field by field gets an error instead of secrets.
+
+    Args:
+        message: What the error says.
+    """
+
+    __slots__ = ("_message",)
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(self._message)
+
+    __deepcopy__ = __reduce__ = _refuse
+
+
+_SEAL: Final = Sealed("a Credential is not copied field by field, since that would show its secret: read what you need")
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
     """A user's password or token, immutable, with the time it ends.
 
-    The secret is never part of ``repr`` or ``str``, and a credential refuses to be pickled.
+    The secret is never part of ``repr`` or ``str``; ``pickle``, ``dataclasses.asdict`` and ``astuple`` refuse to copy it.
 
     Args:
         password: The password or token to give to the server.
@@ -41,6 +62,8 @@ class Credential:
         ValueError: A datetime is naive, or the password is empty.
     """
 
+    # First, so that nothing was copied before it.
+    seal: object = field(default=_SEAL, init=False, repr=False, compare=False)
     password: str = field(repr=False)
     _: KW_ONLY
     user: str | None = None
@@ -106,6 +129,10 @@ class Credential:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Credential cannot be pickled: fetch it again where it is needed")
+
+    # What a dataclass with slots has for pickle, and others call for the same purpose.
+    def __getstate__(self) -> NoReturn:
+        self.__reduce__()
 
 
 def _aware_utc(name: str, value: datetime | None) -> datetime | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Protocol, Self, cast, runtime_checkable
 
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, Sealed
 from asyncpool_creds.storage.memory import MemoryStorage
 
 __all__ = ["MemoryStorage", "SpentMarks", "StoredTokens", "TokenStorage"]
@@ -32,16 +32,7 @@ class LaterFormatError(UnreadableTokensError):
         )
 
 
-class _Sealed:
-    """A value that can be copied by nobody, so that whoever copies field by field gets an error instead of secrets."""
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError("StoredTokens are not copied field by field, since that would show them: use to_json()")
-
-    __deepcopy__ = __reduce__ = _refuse
-
-
-_SEAL: Final = _Sealed()
+_SEAL: Final = Sealed("StoredTokens are not copied field by field, since that would show them: use to_json()")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

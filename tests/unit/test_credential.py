@@ -215,3 +215,16 @@ class TestFromToken:
             pass
 
         assert type(Special.from_token(secret())) is Special
+
+
+@pytest.mark.parametrize(
+    "copy_fields", [dataclasses.asdict, dataclasses.astuple, pickle.dumps, lambda one: one.__getstate__()]
+)
+def test_a_credential_is_not_copied_field_by_field(copy_fields):
+    credential = Credential(secret(), user="app")
+
+    with pytest.raises(TypeError, match="Credential") as caught:
+        copy_fields(credential)
+
+    assert_no_secret(caught.value)
+    assert dataclasses.replace(credential, user="reporter").password == credential.password
