@@ -42,7 +42,7 @@ _SEAL: Final = Sealed("a Credential is not copied field by field, since that wou
 class Credential:
     """A user's password or token, immutable, with the time it ends.
 
-    The secret is never part of ``repr`` or ``str``; ``pickle``, ``dataclasses.asdict`` and ``astuple`` refuse to copy it.
+    The secret is never part of ``repr`` or ``str``, and ``pickle`` and ``dataclasses.asdict`` refuse to copy it.
 
     Args:
         password: The password or token to give to the server.
