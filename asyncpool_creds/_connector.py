@@ -12,6 +12,7 @@ import asyncpg
 
 from asyncpool_creds._clock import utc_now
 from asyncpool_creds._connect_errors import reached_authentication
+from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, InsecureTransport
 from asyncpool_creds._events import CredentialRefused, Observers
 from asyncpool_creds._manager import Stamp, TokenManager
@@ -96,6 +97,7 @@ class Connector:
         self._tls = TlsContext()
         self._read: tuple[str | None, dict[str, object], Route, bool] | None = None
         self._told = set[tuple[str, ...]]() if told is None else told
+        self._has_looked_around = False
         self._accepted: weakref.WeakSet[Stamp] = weakref.WeakSet()
         self._refused_when_new: weakref.WeakSet[Stamp] = weakref.WeakSet()
 
@@ -118,7 +120,7 @@ class Connector:
             if force_tls:
                 route = read_route(dsn, {**routing, "ssl": "require"})
             self._read = dsn, routing, route, force_tls
-            self._warn_of(dsn, routing, route)
+            self._warn_of_unverified(route)
         return self._read[2], self._read[3]
 
     async def open(self, dsn: str | None, arguments: dict[str, object]) -> tuple[AnyConnection, Stamp]:
@@ -223,6 +225,7 @@ class Connector:
         self, manager: TokenManager, stamp: Stamp, dsn: str | None, arguments: dict[str, object], *, force_tls: bool
     ) -> AnyConnection:
         credential = stamp.credential
+        self._warn_of_ambient_passwords(credential, dsn, arguments)
         if credential.user is not None:
             self._warn_of_overruled_user(manager, credential.user, dsn, arguments)
             arguments = {**arguments, "user": credential.user}
@@ -262,7 +265,7 @@ class Connector:
 
     # -- what is told once
 
-    def _warn_of(self, dsn: str | None, routing: dict[str, object], route: Route) -> None:
+    def _warn_of_unverified(self, route: Route) -> None:
         remote = [target.host for target in route.targets if not is_local(target.host)]
         if remote and route.tls == "unverified" and self._require_tls is not False:
             self._warn(
@@ -270,14 +273,22 @@ class Connector:
                 f"{remote[0]!r}: TLS, but the server is not verified: use sslmode=verify-full, with sslrootcert= naming"
                 " the authority that issued its certificate, or whoever answers in its place gets the credential",
             )
-        for name in ambient_passwords(dsn, routing):
+
+    def _warn_of_ambient_passwords(self, credential: Credential, dsn: str | None, arguments: dict[str, object]) -> None:
+        if self._has_looked_around:
+            return
+        self._has_looked_around = True
+        for name in ambient_passwords(dsn, arguments, besides=credential.password):
             self._warn(
-                ("ambient", name), f"{name} is set, and not used: credentials= comes first; unset what is not needed"
+                ("ambient", name),
+                f"{name} is set, and not used: credentials= comes first; unset it, unless a source of yours reads it",
             )
 
     def _warn_of_overruled_user(
         self, manager: TokenManager, user: str, dsn: str | None, arguments: dict[str, object]
     ) -> None:
+        if self._one_manager_per_host:
+            return  # such a source was given the user of the arguments, and knows what it is called at the server
         stated = None if self._read is None else self._read[2].targets[0].user
         topic = ("user", str(stated))
         if stated not in (None, user) and topic not in self._told and names_user(dsn, arguments):

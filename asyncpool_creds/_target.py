@@ -197,9 +197,16 @@ def forbid_password(dsn: str | None, arguments: Mapping[str, object]) -> None:
         raise ValueError("the DSN carries a password and credentials= is given; remove the one in the DSN")
 
 
-def ambient_passwords(dsn: str | None, arguments: Mapping[str, object]) -> list[str]:
-    """Return what else would give asyncpg a password, and is not used: variables, and password files that exist."""
-    found = ["PGPASSWORD"] if os.environ.get("PGPASSWORD") else []
+def ambient_passwords(dsn: str | None, arguments: Mapping[str, object], *, besides: str) -> list[str]:
+    """Return what else would give asyncpg a password: a variable, and a password file that exists.
+
+    Args:
+        dsn: Of the connection.
+        arguments: Of the connection.
+        besides: The password that is used. A variable that holds the same is where it came from.
+    """
+    variable = os.environ.get("PGPASSWORD", "").rstrip("\r\n")
+    found = ["PGPASSWORD"] if variable and variable != besides else []
     stated = arguments.get("passfile") or next(iter(parse_qs(urlsplit(dsn or "").query).get("passfile", ())), None)
     name, path = ("passfile", stated) if stated else ("PGPASSFILE", os.environ.get("PGPASSFILE"))
     if path and Path(str(path)).is_file():
