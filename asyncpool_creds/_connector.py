@@ -21,8 +21,10 @@ from asyncpool_creds._target import (
     RequireTls,
     Route,
     ambient_passwords,
+    ambient_state,
     forbid_password,
     is_local,
+    names_host,
     names_user,
     read_route,
     require_tls,
@@ -95,7 +97,7 @@ class Connector:
         self._is_refusal = is_refusal
         self._observers = observers
         self._tls = TlsContext()
-        self._read: tuple[str | None, dict[str, object], Route, bool] | None = None
+        self._read: tuple[tuple[object, ...], Route, bool] | None = None
         self._told = set[tuple[str, ...]]() if told is None else told
         self._has_looked_around = False
         self._accepted: weakref.WeakSet[Stamp] = weakref.WeakSet()
@@ -104,10 +106,12 @@ class Connector:
     def route(self, dsn: str | None, arguments: dict[str, object]) -> tuple[Route, bool]:
         """Return the route of these arguments, and whether TLS has to be forced on it: its `tls` counts that in.
 
-        Read once for as long as the arguments stay the same: reading builds an SSLContext.
+        Read once for as long as the arguments, the environment and the service file stay the same: reading builds an
+        SSLContext.
         """
         routing = routing_arguments(arguments)
-        if self._read is None or self._read[0] != dsn or self._read[1] != routing:
+        state = dsn, routing, ambient_state(dsn, routing)
+        if self._read is None or self._read[0] != state:
             forbid_password(dsn, arguments)
             try:
                 route = read_route(dsn, routing)
@@ -119,16 +123,18 @@ class Connector:
             force_tls = require_tls(route, self._require_tls)
             if force_tls:
                 route = read_route(dsn, {**routing, "ssl": "require"})
-            self._read = dsn, routing, route, force_tls
+            self._read = state, route, force_tls
             self._warn_of_unverified(route)
-        return self._read[2], self._read[3]
+        return self._read[1], self._read[2]
 
     async def open(self, dsn: str | None, arguments: dict[str, object]) -> tuple[AnyConnection, Stamp]:
         """Return a new connection, and the stamp of the credential it was opened with."""
         route, force_tls = self.route(dsn, arguments)
         if force_tls:
             arguments = {**arguments, "ssl": "require"}
-        if not self._is_custom and route.left_out:
+        if not self._is_custom and not names_host(dsn, arguments, variables=False):
+            # What the guard has looked at is where it goes, whatever becomes of the environment or a service file
+            # while the credential is fetched.
             hosts, ports = zip(*((target.host, target.port) for target in route.targets), strict=True)
             arguments = {**arguments, "host": list(hosts), "port": list(ports)}
         if not self._is_custom and route.is_encrypted:
@@ -154,7 +160,7 @@ class Connector:
         # After a refusal under TLS, asyncpg's sslmode=prefer tries without; 0.30 and 0.31 then report that one only.
         return (
             self._read is not None
-            and self._read[2].tls == "preferred"
+            and self._read[1].tls == "preferred"
             and isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
             and "no encryption" in str(error)
             and error.__cause__ is None
@@ -289,7 +295,7 @@ class Connector:
     ) -> None:
         if self._one_manager_per_host:
             return  # such a source was given the user of the arguments, and knows what it is called at the server
-        stated = None if self._read is None else self._read[2].targets[0].user
+        stated = None if self._read is None else self._read[1].targets[0].user
         topic = ("user", str(stated))
         if stated not in (None, user) and topic not in self._told and names_user(dsn, arguments):
             self._warn(
