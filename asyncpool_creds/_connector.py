@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import sys
 import weakref
 from collections.abc import Callable, Coroutine
@@ -27,6 +28,7 @@ from asyncpool_creds._target import (
     names_host,
     names_user,
     read_route,
+    read_tls_context,
     require_tls,
     routing_arguments,
 )
@@ -139,6 +141,9 @@ class Connector:
             arguments = {**arguments, "host": list(hosts), "port": list(ports)}
         if not self._is_custom and route.is_encrypted:
             context = self._tls.of(dsn, routing_arguments(arguments))
+            if context is None and not isinstance(arguments.get("ssl"), ssl.SSLContext):
+                # Of a service file, which might say something else by the time of the connect.
+                context = read_tls_context(dsn, routing_arguments(arguments))
             if context is not None:
                 arguments = {**arguments, "ssl": context}
         several = len(route.targets) > 1

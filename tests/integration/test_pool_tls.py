@@ -328,6 +328,26 @@ async def test_a_server_that_moves_away_is_guarded_where_it_goes(listener, cloud
     assert (listener.connections, listener.received) == (0, b"")
 
 
+if WITH_SERVICES:
+
+    async def test_a_service_that_gives_up_tls_during_the_fetch_is_not_followed(listener, monkeypatch, tmp_path):
+        def write(mode):
+            file.write_text(f"[db]\nhost={REMOTE}\nport={listener.port}\nuser=app\nsslmode={mode}\n")
+
+        async def fetch():
+            write("disable")
+            return provide()
+
+        file = tmp_path / "service"
+        monkeypatch.setenv("PGSERVICEFILE", str(file))
+        write("require")
+
+        with pytest.raises(ConnectionError):
+            await connect("postgresql://?service=db", credentials=fetch)
+
+        assert listener.received == SSL_REQUEST
+
+
 async def test_all_connections_of_a_pool_share_a_context(tls_cloud, monkeypatch):
     made = []
     read = _target.read_tls_context
