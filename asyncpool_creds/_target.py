@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from asyncpg import connect_utils
+from asyncpg.compat import get_pg_home_directory
 
 from asyncpool_creds._errors import InsecureTransport
 from asyncpool_creds._provider import Target
@@ -22,8 +23,11 @@ __all__ = [
     "Route",
     "TlsLevel",
     "ambient_passwords",
+    "ambient_state",
+    "file_state",
     "forbid_password",
     "is_local",
+    "names_host",
     "names_user",
     "read_route",
     "read_tls_context",
@@ -38,6 +42,14 @@ TlsLevel: TypeAlias = Literal["verified", "authority", "unverified", "preferred"
 # one, and a second parser would sooner or later disagree with it about where a secret goes.
 _parse: Final[Any] = getattr(connect_utils, "_parse_connect_dsn_and_args")  # noqa: B009 - the stubs leave it out
 _PARSED: Final = frozenset(inspect.signature(_parse).parameters)
+
+# Where libpq looks, and asyncpg from 0.31 on: https://www.postgresql.org/docs/current/libpq-pgservice.html
+_SERVICE_FILE: Final = ".pg_service.conf"
+# All that asyncpg reads.
+_VARIABLES: Final = (
+    *("PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGTARGETSESSIONATTRS", "PGSERVICE", "PGSERVICEFILE"),
+    *("PGSSLMODE", "PGSSLNEGOTIATION", "PGSSLROOTCERT", "PGSSLCRL", "PGSSLCERT", "PGSSLKEY"),
+)
 
 _LOOPBACK_6: Final = ipaddress.IPv6Address("::1")  # without a zone, which would be part of the comparison
 
@@ -92,6 +104,27 @@ def routing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name in _PARSED}
 
 
+def ambient_state(dsn: str | None, arguments: Mapping[str, object]) -> tuple[object, ...]:
+    """Return what a route depends on besides `dsn` and `arguments`: as long as this is equal, so is the route."""
+    service = arguments.get("service") or os.environ.get("PGSERVICE") or "service=" in (dsn or "")
+    variables = tuple(os.environ.get(name) for name in _VARIABLES)
+    if not service:
+        return variables
+    stated = arguments.get("servicefile") or os.environ.get("PGSERVICEFILE")
+    home = get_pg_home_directory()
+    files = [Path(str(stated))] if stated else [] if home is None else [Path(home, _SERVICE_FILE)]
+    return (*variables, *map(file_state, files))
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when the content of a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
     """Return the route that `dsn` and the routing `arguments` describe.
 
@@ -101,7 +134,7 @@ def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
     addresses, parameters = _read(dsn, arguments)
     targets = tuple(_target(address, parameters.user, parameters.database) for address in addresses)
     left_out: tuple[str, ...] = ()
-    if len(targets) > 1 and not _names_host(dsn, arguments):
+    if len(targets) > 1 and not names_host(dsn, arguments):
         left_out = tuple(target.host for target in targets if target.host in _SHARED_DIRECTORIES)
         targets = tuple(target for target in targets if target.host not in left_out)
     return Route(targets, _tls_level(parameters), parameters.target_session_attrs.value, left_out)
@@ -197,9 +230,16 @@ def forbid_password(dsn: str | None, arguments: Mapping[str, object]) -> None:
         raise ValueError("the DSN carries a password and credentials= is given; remove the one in the DSN")
 
 
-def ambient_passwords(dsn: str | None, arguments: Mapping[str, object]) -> list[str]:
-    """Return what else would give asyncpg a password, and is not used: variables, and password files that exist."""
-    found = ["PGPASSWORD"] if os.environ.get("PGPASSWORD") else []
+def ambient_passwords(dsn: str | None, arguments: Mapping[str, object], *, besides: str) -> list[str]:
+    """Return what else would give asyncpg a password: a variable, and a password file that exists.
+
+    Args:
+        dsn: Of the connection.
+        arguments: Of the connection.
+        besides: The password that is used. A variable that holds the same is where it came from.
+    """
+    variable = os.environ.get("PGPASSWORD", "").rstrip("\r\n")
+    found = ["PGPASSWORD"] if variable and variable != besides else []
     stated = arguments.get("passfile") or next(iter(parse_qs(urlsplit(dsn or "").query).get("passfile", ())), None)
     name, path = ("passfile", stated) if stated else ("PGPASSFILE", os.environ.get("PGPASSFILE"))
     if path and Path(str(path)).is_file():
@@ -215,13 +255,17 @@ def names_user(dsn: str | None, arguments: Mapping[str, object]) -> bool:
     )
 
 
-def _names_host(dsn: str | None, arguments: Mapping[str, object]) -> bool:
+def names_host(dsn: str | None, arguments: Mapping[str, object], *, variables: bool = True) -> bool:
+    """Return whether a host is stated in the arguments or, with `variables`, in the environment.
+
+    A service file may still name one.
+    """
     parts = urlsplit(dsn or "")
     return bool(
         arguments.get("host")
         or parts.netloc.rpartition("@")[2]
         or any(parse_qs(parts.query).get("host", ()))
-        or os.environ.get("PGHOST")
+        or (variables and os.environ.get("PGHOST"))
     )
 
 
