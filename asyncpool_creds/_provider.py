@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -12,7 +11,7 @@ from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
 from asyncpool_creds._events import Observer
-from asyncpool_creds._tracebacks import clear_frames, place_of
+from asyncpool_creds._tracebacks import clears_frames, place_of
 
 __all__ = [
     "BindableProvider",
@@ -139,21 +138,13 @@ def provider_name(provider: object) -> str:
     return provider.name if isinstance(provider, FunctionProvider) else type(provider).__qualname__
 
 
+@clears_frames
 async def ask(provider: CredentialProvider) -> Credential:
     """Fetch once, turning whatever goes wrong into a `ProviderError` with its cause.
 
     The text of a foreign exception is not copied: it may quote the request, secret included. Nor are the locals of the
     frames it came through left for whoever logs them: only its place is told.
     """
-    outside = sys.exception()
-    try:
-        return await _ask(provider)
-    except BaseException as error:
-        clear_frames(error, outside=outside)
-        raise
-
-
-async def _ask(provider: CredentialProvider) -> Credential:
     name = provider_name(provider)
     try:
         credential = await provider.fetch()
@@ -210,6 +201,7 @@ def session_lifetime_of(provider: CredentialProvider | BindableProvider) -> floa
     return lifetime
 
 
+@clears_frames
 async def close_provider(provider: CredentialProvider) -> None:
     """Call the provider's ``aclose``, if it has one."""
     aclose = getattr(provider, "aclose", None)

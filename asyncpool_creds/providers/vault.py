@@ -183,7 +183,7 @@ class VaultDatabase(_Provider):
             return
         failure = await self._vault.revoke(lease.identifier, token)
         if failure is not None:
-            raise failure.error from failure.cause
+            raise failure.error
         self._leases.pop(lease.identifier, None)
 
     async def aclose(self) -> None:
@@ -223,7 +223,7 @@ class VaultDatabase(_Provider):
         if isinstance(answer, Failure):
             # Not found, past its max_ttl, or forbidden; 500: the database, or this very user, is in trouble.
             if answer.error.retryable and answer.status != 500:
-                raise answer.error from answer.cause
+                raise answer.error
             return None
         granted = life_of(answer.members.get("lease_duration"))
         if granted is None:
