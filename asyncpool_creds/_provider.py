@@ -11,7 +11,7 @@ from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
 from asyncpool_creds._events import Observer
-from asyncpool_creds._tracebacks import clears_frames, place_of
+from asyncpool_creds._tracebacks import class_and_place, clears_frames
 
 __all__ = [
     "BindableProvider",
@@ -169,10 +169,8 @@ async def ask(provider: CredentialProvider) -> Credential:
 
 def foreign_error(error: BaseException) -> str:
     """Return what is said of an exception that is none of ours: its class and its place, never its text."""
-    place = place_of(error)
-    where = "" if place is None else f" at {place}"
     hint = ", which looks like a mistake in the provider" if isinstance(error, (TypeError, ValueError)) else ""
-    return f"fetch() raised {type(error).__name__}{where}{hint}; see the cause"
+    return f"fetch() raised {class_and_place(error)}{hint}; see the cause"
 
 
 def invalidate_at(provider: CredentialProvider, credential: Credential) -> None:

@@ -11,12 +11,11 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, ParamSpec, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
-__all__ = ["ForeignError", "clear_frames", "clears_frames", "place_of", "without_baggage"]
+__all__ = ["ForeignError", "class_and_place", "clear_frames", "clears_frames", "place_of", "without_baggage"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, object]])
 
 _YIELD: Final = opcode.opmap["YIELD_VALUE"]
 _CAN_BE_SUSPENDED: Final = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -29,13 +28,13 @@ class ForeignError(Exception):
     """
 
 
-def clears_frames(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def clears_frames(function: F) -> F:
     """Have an async function leave no locals in the traceback of what it raises, its own arguments included."""
 
-    @functools.wraps(method)
-    async def cleared(*args: P.args, **kwargs: P.kwargs) -> T:
+    @functools.wraps(function)
+    async def cleared(*args: object, **kwargs: object) -> object:
         outside = sys.exception()
-        running = method(*args, **kwargs)
+        running = function(*args, **kwargs)
         del args, kwargs  # this frame is the one that cannot be emptied while it runs
         try:
             return await running
@@ -43,7 +42,7 @@ def clears_frames(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Co
             clear_frames(error, outside=outside)
             raise
 
-    return cleared
+    return cast("F", cleared)
 
 
 def clear_frames(error: BaseException, *, outside: BaseException | None = None) -> None:
@@ -69,6 +68,12 @@ def place_of(error: BaseException) -> str | None:
     return f"{Path(frame.f_code.co_filename).name}:{line} in {frame.f_code.co_name}"
 
 
+def class_and_place(error: BaseException) -> str:
+    """Return what may be told of any exception, such as ``KeyError at tokens.py:9 in parse``: never its text."""
+    place = place_of(error)
+    return type(error).__name__ if place is None else f"{type(error).__name__} at {place}"
+
+
 def without_baggage(error: Exception) -> Exception:
     """Return `error`, or a `ForeignError` in its place if it, or what led to it, has more than a text to show.
 
@@ -76,9 +81,7 @@ def without_baggage(error: Exception) -> Exception:
     """
     if not any(vars(one).keys() - {"__notes__"} for one in _chain(error, None)):
         return error
-    place = place_of(error)
-    where = "" if place is None else f" at {place}"
-    return ForeignError(f"{type(error).__name__}{where}").with_traceback(error.__traceback__)
+    return ForeignError(class_and_place(error)).with_traceback(error.__traceback__)
 
 
 def _clear(frame: FrameType) -> None:

@@ -22,7 +22,7 @@ import httpx
 
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds._loopback import is_loopback
-from asyncpool_creds._tracebacks import clear_frames, without_baggage
+from asyncpool_creds._tracebacks import class_and_place, clear_frames, without_baggage
 from asyncpool_creds.providers._arguments import parse_seconds
 from asyncpool_creds.providers._document import parse_object
 from asyncpool_creds.providers._retry_after import parse_rate_limit_reset, parse_retry_after
@@ -221,7 +221,7 @@ class HttpClient:
                 f"({type(error).__name__})"
             )
             return _unanswered(ProviderError(message), cause, was_sent=True)
-        message = f"{self._source}: the http_client failed at {where} ({type(error).__name__})"
+        message = f"{self._source}: the http_client failed at {where} ({class_and_place(error)})"
         return _unanswered(ProviderError(message), cause, was_sent=True)
 
     async def aclose(self) -> None:

@@ -29,29 +29,41 @@ _DEEPEST: Final = 3
 _SHORTEST_MIDDLE: Final = 6
 
 
-def redact(text: str, secrets: Iterable[str], *, longest: int) -> str:
+def redact(
+    text: str, secrets: Iterable[str], *, longest: int, words: Iterable[str] = (), is_end_shown: bool = False
+) -> str:
     """Return `text` on one line without any of `secrets`, and no longer than `longest` characters.
 
     A secret is found as it is; with percent, HTML or JSON escapes; in base64 (a Basic header), or as hex digits; in
     letters of either case; and where only a piece of it is quoted, so long that it is no accident. What looks like a
     JSON Web Token is taken out as well. Where a secret shows in another form still, nothing of `text` is left.
+
+    Args:
+        text: What somebody says.
+        secrets: What nobody is to read.
+        longest: In characters; what is longer is cut.
+        words: More of that, which is only quoted as it is.
+        is_end_shown: Cut the beginning of a long text, and not its end.
     """
     secrets = [secret for secret in secrets if secret]
     is_cut = len(text) > _LONGEST_LOOK
-    text = text[:_LONGEST_LOOK].replace(_HOLE, " ")
+    text = (text[-_LONGEST_LOOK:] if is_end_shown else text[:_LONGEST_LOOK]).replace(_HOLE, " ")
     forms = {_lower(form) for secret in secrets for form in _forms(secret)}
     lower = _lower(text)
-    whole = [span for form in forms for span in _places_of(form, lower)]
+    whole = [span for form in forms.union(map(_lower, words)) for span in _places_of(form, lower)]
     pieces = [span for form in forms for span in _places_of_pieces(form, lower)]
     for plain in _unescaped(_without(text, whole)):
         if any(_places_of_pieces(_lower(secret), _lower(plain)) for secret in secrets):
             return _REDACTED
     text = _JWT.sub(_HOLE, _without(text, whole + pieces))
     if is_cut:
-        text = text[:-_PIECE]  # the last ones may be the first ones of a secret
+        # What is left at the cut may be a piece of a secret that is too short to be known for one.
+        text = text[_PIECE:] if is_end_shown else text[:-_PIECE]
     text = "".join(one if one.isprintable() or one == _HOLE else " " for one in text)
     text = " ".join(text.replace(_HOLE, _REDACTED).split())
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    if len(text) <= longest:
+        return text
+    return f"...{text[-longest:]}" if is_end_shown else f"{text[:longest]}..."
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ import httpx
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, RevocationFailed, log_event
+from asyncpool_creds._tracebacks import class_and_place
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._http import (
     HttpClient,
@@ -178,7 +179,7 @@ class Vault:
             raise
         except Exception as error:
             method = type(self._auth).__name__
-            raise ProviderError(f"vault: login() of {method} raised {type(error).__name__}; see the cause") from error
+            raise ProviderError(f"vault: login() of {method} raised {class_and_place(error)}; see the cause") from error
         token = await (self._look_up(login) if isinstance(login, str) else self._exchange(login))
         self.held = token
         return token
