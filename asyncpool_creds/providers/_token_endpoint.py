@@ -234,8 +234,9 @@ class TokenEndpoint:
             response = await self._get(other_url)
         if not response.is_success:
             status = response.status_code
+            where = ", which redirects" if response.is_redirect else ""
             raise ProviderError(
-                f"{self._source}: no metadata of issuer {self._issuer!r} (HTTP {status}); "
+                f"{self._source}: no metadata of issuer {self._issuer!r} (HTTP {status}{where}); "
                 "check the identifier, or pass token_url",
                 retryable=is_transient(status),
                 retry_after=retry_after(response, utc_now(self._clock)),

@@ -181,7 +181,7 @@ class Globus:
         if answers is None:
             raise ValueError(
                 "Globus: this is no token response of Globus Auth, where each token has a resource_server and an "
-                "access_token that a server would accept"
+                "access_token"
             )
         if own := [name for name in answers if name in self._scopes]:
             raise ValueError(
@@ -210,7 +210,10 @@ class Globus:
             outcome.throw()
         answers = _by_resource(outcome)
         if answers is None:
-            raise ProviderError("globus: the answer of Globus Auth has no tokens with resource servers")
+            raise ProviderError("globus: the answer of Globus Auth names no resource_server for its tokens")
+        for name, answer in answers.items():
+            if isinstance(credential := _credential(f"globus {name}", answer), Failure):
+                credential.throw()
         await self._save(answers, keep_newer=True)
         return list(answers)
 
@@ -449,11 +452,7 @@ class _Login:
         return Failure(ProviderError(message, retryable=False))
 
     def credential_in(self, answer: Answer) -> Credential | Failure:
-        try:
-            return _credential(answer)
-        except ValueError:
-            message = f"{self.source}: the answer of Globus Auth has no access_token that a server would accept"
-            return Failure(ProviderError(message, retryable=False))
+        return _credential(self.source, answer)
 
 
 def _by_resource(answer: Answer) -> dict[str, Answer] | None:
@@ -467,22 +466,23 @@ def _by_resource(answer: Answer) -> dict[str, Answer] | None:
         name, access_token = members.get("resource_server"), members.get("access_token")
         if not (isinstance(name, str) and name and isinstance(access_token, str) and access_token):
             return None
-        if password_flaw(access_token):
-            return None
         found[name] = Answer(answer.requested_at, members)
     return found
 
 
 def _tokens(answer: Answer) -> StoredTokens:
-    return replace(
-        refresh_token_in(answer) or StoredTokens(), credential=_credential(answer), obtained_at=answer.requested_at
-    )
+    credential = _credential("Globus", answer)
+    if isinstance(credential, Failure):
+        raise ValueError(str(credential.error))  # noqa: TRY004 - it is the response that is wrong
+    return replace(refresh_token_in(answer) or StoredTokens(), credential=credential, obtained_at=answer.requested_at)
 
 
-def _credential(answer: Answer) -> Credential:
+def _credential(source: str, answer: Answer) -> Credential | Failure:
     token = answer.members.get("access_token")
-    if not isinstance(token, str):
-        raise ValueError("no access token")  # noqa: TRY004 - as for one that no server accepts
+    flaw = password_flaw(token) if isinstance(token, str) and token else "is not there"
+    if flaw is not None or not isinstance(token, str):
+        message = f"{source}: the answer of Globus Auth has no access_token that a server would accept; it {flaw}"
+        return Failure(ProviderError(message, retryable=False))
     return Credential(
         token, expires_at=earliest(answer.requested_at, lifetime(answer.members.get("expires_in")), token)
     )
