@@ -366,7 +366,7 @@ def complaint_about(address: str) -> str | None:
     """Return what is wrong with an address that secrets are to be sent to; never the address, which may hold one."""
     try:
         url = httpx.URL(address)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, ValueError):  # the second one for what cannot be encoded
         return "is not a valid URL"
     if url.userinfo:
         return "must not contain a user or password; there are arguments for them"

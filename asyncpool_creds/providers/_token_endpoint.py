@@ -12,6 +12,7 @@ from urllib.parse import quote_plus
 import httpx
 
 from asyncpool_creds._clock import utc_now
+from asyncpool_creds._credential import text_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds.providers._document import earliest_end, parse_object
 from asyncpool_creds.providers._http import (
@@ -369,7 +370,7 @@ def earliest(requested_at: datetime, life: timedelta | None, token: str) -> date
 
 
 def claim(token: str, name: str) -> str | None:
-    """Return a claim of a JSON Web Token; its signature is the database's business."""
+    """Return a claim of a JSON Web Token that can name a user; its signature is the database's business."""
     _, _, rest = token.partition(".")
     payload, _, _ = rest.partition(".")
     try:
@@ -377,7 +378,7 @@ def claim(token: str, name: str) -> str | None:
     except ValueError:
         return None
     value = None if claims is None else claims.get(name)
-    return value if isinstance(value, str) and value else None
+    return value if isinstance(value, str) and value and text_flaw(value) is None else None
 
 
 def _metadata_urls(issuer: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ import anyio
 import anyio.to_thread
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential, password_flaw
+from asyncpool_creds._credential import Credential, password_flaw, text_flaw
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -220,6 +220,8 @@ class Command:
     def _credential(self, token: str, user: str | None, requested_at: datetime, *ends: datetime | None) -> Credential:
         if flaw := password_flaw(token):
             raise self._complaint(f"printed a token that {flaw}")
+        if user is not None and (flaw := text_flaw(user)):
+            raise self._complaint(f"printed a 'user' that {flaw}")
         return Credential(token, user=user, expires_at=earliest_end(token, requested_at, *ends))
 
     def _complaint(self, what: str) -> ProviderError:

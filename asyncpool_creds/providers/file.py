@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential, password_flaw
+from asyncpool_creds._credential import Credential, password_flaw, text_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
@@ -116,6 +116,8 @@ class File:
         content = await self._read_when_settled()
         if flaw := password_flaw(content.password):
             raise ProviderError(f"file: the password in {self._path} {flaw}", retryable=False)
+        if content.user is not None and (flaw := text_flaw(content.user)):
+            raise ProviderError(f"file: the user in {self._user_path or self._path} {flaw}", retryable=False)
         now = utc_now(self._clock)
         if self._latest is None or self._latest[0] != content.password:
             self._latest = (content.password, now)

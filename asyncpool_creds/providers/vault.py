@@ -13,7 +13,7 @@ except ImportError as _missing:  # pragma: no cover
     raise ImportError("the Vault providers need httpx: pip install 'asyncpool-creds[vault]'") from _missing
 
 from asyncpool_creds._clock import Clock, utc_now
-from asyncpool_creds._credential import Credential, password_flaw
+from asyncpool_creds._credential import Credential, password_flaw, text_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer
 from asyncpool_creds._tracebacks import clears_frames
@@ -496,6 +496,8 @@ def _credential(
 ) -> Credential:
     if flaw := password_flaw(password):
         raise ProviderError(f"vault: the password of {path} {flaw}", retryable=False)
+    if user is not None and (flaw := text_flaw(user)):
+        raise ProviderError(f"vault: the user of {path} {flaw}", retryable=False)
     return Credential(
         password,
         user=user,
