@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Final
 
 __all__ = ["is_loopback"]
 
+_LOOPBACK_6: Final = ipaddress.IPv6Address("::1")  # unequal to one with a scope
+
 
 def is_loopback(host: str) -> bool:
-    """Return whether `host` is this machine itself: ``localhost``, 127.0.0.0/8 or ::1, without an address scope.
+    """Return whether `host` is this machine itself: ``localhost``, 127.0.0.0/8 in decimal numbers, or ::1.
 
-    A scope (``::1%eth0``, RFC 4007) is refused: a resolver takes what stands before and after it for a name, and
-    whoever owns that name (``127.0.0.1%.example.com``) answers.
+    Another spelling is not, wherever it may lead. A scope above all (``::1%eth0``, RFC 4007): a resolver may take it
+    for a part of a name, and whoever owns that name (``127.0.0.1%.example.com``) answers.
 
     Args:
         host: A host name or an address, without brackets and port.
     """
-    if host.lower() == "localhost":
+    if host == "localhost":
         return True
-    if "%" in host:
-        return False
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    # CPython 3.11 and 3.12 do not look into ::ffff:127.0.0.1 (RFC 4291 section 2.5.5.2).
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_loopback
+    return address == _LOOPBACK_6

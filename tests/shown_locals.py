@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from support import find_secret
 
@@ -27,7 +27,7 @@ def assert_no_secret_in_locals(error: BaseException, *, of_tests: str) -> None:
 
 def _shown(value: object) -> object:
     """Return what a tracker shows of a value: it looks into containers, and takes the repr of the rest."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _shown(part) for key, part in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_shown(part) for part in value]
