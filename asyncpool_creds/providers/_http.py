@@ -199,8 +199,6 @@ class HttpClient:
 
     def _without_answer(self, error: Exception, method: str, where: str) -> Unanswered:
         """Return what is to be said and done about `error`, whose frames are empty."""
-        if isinstance(error, TimeoutError):
-            return _unanswered(self._timed_out(where), error, was_sent=True)
         if isinstance(error, _NOTHING_SENT):
             # The request that was not sent has the secrets in its body, and an exception can be pickled.
             error.request = httpx.Request(method, where)
@@ -213,7 +211,7 @@ class HttpClient:
             return Unanswered(ProviderError(message), was_sent=True)
         # From here on, texts and attributes may hold what was sent: servers and hooks quote it.
         cause = without_baggage(error)
-        if isinstance(error, httpx.TimeoutException):
+        if isinstance(error, (TimeoutError, httpx.TimeoutException)):
             return _unanswered(self._timed_out(where), cause, was_sent=True)
         if isinstance(error, httpx.RequestError):
             message = (
@@ -282,14 +280,18 @@ def _load_authorities(_file: str | None, _directory: str | None) -> ssl.SSLConte
 
 def _keep_loopback_from_proxies(client: httpx.AsyncClient) -> None:
     """Have a client of the caller's send plain http directly, whatever proxies it has or found in the environment."""
-    parts = vars(client)  # httpx has no public way to say, or to ask, where a client that is made sends something
-    own: httpx.AsyncBaseTransport = parts["_transport"]
+    # httpx has no public way to say, or to ask, where a client that is made sends something. A version that keeps it
+    # elsewhere is left alone: what goes over https is safe all the same.
+    parts = vars(client)
+    own: httpx.AsyncBaseTransport | None = parts.get("_transport")
+    if own is None:
+        return
     direct = own
     if _is_proxied(own):
         # It is never used for TLS.
         direct = httpx.AsyncHTTPTransport(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         parts["_transport"] = _ProxyForRemote(own, direct)
-    mounts: dict[object, httpx.AsyncBaseTransport | None] = parts["_mounts"]
+    mounts: dict[object, httpx.AsyncBaseTransport | None] = parts.get("_mounts", {})
     for pattern, transport in mounts.items():
         if transport is not None and _is_proxied(transport):
             mounts[pattern] = _ProxyForRemote(transport, direct)
@@ -330,7 +332,7 @@ async def _read(response: httpx.Response) -> bytes:
             raise _UnfitError(_TOO_MUCH)
         return content
     length = response.headers.get("Content-Length", "")
-    if length.isdigit() and float(length) > _MOST_BYTES:
+    if length.isascii() and length.isdigit() and float(length) > _MOST_BYTES:
         raise _UnfitError(_TOO_MUCH)
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("identity", "gzip", "x-gzip", "deflate"):
