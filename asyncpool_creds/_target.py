@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import ipaddress
 import os
 import ssl
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from asyncpg import connect_utils
 from asyncpg.compat import get_pg_home_directory
 
 from asyncpool_creds._errors import InsecureTransport
+from asyncpool_creds._loopback import is_loopback
 from asyncpool_creds._provider import Target
 
 __all__ = [
@@ -51,7 +51,6 @@ _VARIABLES: Final = (
     *("PGSSLMODE", "PGSSLNEGOTIATION", "PGSSLROOTCERT", "PGSSLCRL", "PGSSLCERT", "PGSSLKEY"),
 )
 
-_LOOPBACK_6: Final = ipaddress.IPv6Address("::1")  # without a zone, which would be part of the comparison
 
 # Among the directories in which asyncpg looks for a socket by itself; anybody on the host can put one there.
 _SHARED_DIRECTORIES: Final = ("/tmp", "/private/tmp")  # noqa: S108
@@ -274,17 +273,5 @@ def _is_socket(host: str) -> bool:
 
 
 def is_local(host: str) -> bool:
-    """Return whether `host` is a Unix socket, or certain to be this machine's loopback.
-
-    That is ``localhost``, 127.0.0.0/8 in four decimal parts, and ``::1``. Whatever else may lead there (a zone, another
-    spelling, an IPv4 address in an IPv6 one) is for a resolver to interpret, so it counts as another machine.
-    """
-    if _is_socket(host) or host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv4Address):
-        return address.is_loopback
-    return address == _LOOPBACK_6
+    """Return whether `host` is a Unix socket, or certain to be this machine's loopback."""
+    return _is_socket(host) or is_loopback(host)

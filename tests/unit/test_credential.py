@@ -40,6 +40,10 @@ def test_only_the_password_is_positional():
         ({"password": ""}, ValueError, "password is empty"),
         ({"password": "a\0b"}, ValueError, "NUL"),
         ({"password": "a\ud800b"}, ValueError, "password"),
+        ({"password": secret() * 6000}, ValueError, r"more than 65535 bytes.*PG_MAX_AUTH_TOKEN_LENGTH"),
+        ({"password": "é" * 40_000}, ValueError, "more than 65535 bytes"),
+        ({"user": "app\0options"}, ValueError, "user holds characters that no server accepts"),
+        ({"user": "app\udcff"}, ValueError, "user holds characters that no server accepts"),
         ({"user": 7}, TypeError, "user must be a non-empty str or None, not int"),
         ({"user": ""}, (TypeError, ValueError), "user must be a non-empty str"),
         ({"version": 7}, TypeError, "version must be a non-empty str"),
@@ -55,6 +59,10 @@ def test_a_wrong_argument_is_named(arguments, error, names):
         Credential(**({"password": secret()} | arguments))
 
     assert_no_secret(caught.value)
+
+
+def test_the_longest_password_that_postgresql_takes_is_one():
+    assert len(Credential("x" * 65_535).password) == 65_535
 
 
 def test_a_wrong_password_is_not_quoted():
