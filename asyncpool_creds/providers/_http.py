@@ -205,20 +205,20 @@ class HttpClient:
             kind = ProviderTimeout if isinstance(error, httpx.TimeoutException) else ProviderError
             reason = f"{type(error).__name__}: {error}"
             message = f"{self._source}: {where} cannot be reached ({reason}); check address and network"
-            return _unanswered(kind(message), error)
+            return _unanswered(kind(message), _at_a_glance(error))
         if isinstance(error, _UnfitError):
             message = f"{self._source}: {where} answered with {error}; is it the right address?"
             return Unanswered(ProviderError(message), was_sent=True)
         # From here on, texts and attributes may hold what was sent: servers and hooks quote it.
         cause = without_baggage(error)
         if isinstance(error, (TimeoutError, httpx.TimeoutException)):
-            return _unanswered(self._timed_out(where), cause, was_sent=True)
+            return _unanswered(self._timed_out(where), _at_a_glance(cause), was_sent=True)
         if isinstance(error, httpx.RequestError):
             message = (
                 f"{self._source}: the connection to {where} broke before the answer was complete "
                 f"({type(error).__name__})"
             )
-            return _unanswered(ProviderError(message), cause, was_sent=True)
+            return _unanswered(ProviderError(message), _at_a_glance(cause), was_sent=True)
         message = f"{self._source}: the http_client failed at {where} ({class_and_place(error)})"
         return _unanswered(ProviderError(message), cause, was_sent=True)
 
@@ -257,6 +257,12 @@ class HttpClient:
 def _unanswered(error: ProviderError, cause: Exception, *, was_sent: bool = False) -> Unanswered:
     error.__cause__ = cause
     return Unanswered(error, was_sent=was_sent)
+
+
+def _at_a_glance(error: Exception) -> Exception:
+    """Return `error` without where in httpx it was raised, and why there: a hundred lines that say what it says."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _make_client() -> httpx.AsyncClient:
