@@ -318,6 +318,19 @@ class TokenManager:
         await self.stamp()  # not `get`, which lends it
         return self
 
+    def prefetch(self) -> None:
+        """Begin to fetch the first credential, without waiting for it, unless nothing may happen between calls.
+
+        A failure is an event, and the source is asked on in the background.
+
+        Raises:
+            ManagerClosed: The manager is closed.
+            RuntimeError: The manager belongs to another event loop, or none is running.
+        """
+        loop = self._running_loop()
+        if self._background and self._stamp is None and self._flight is None and self._may_retry():
+            self._take_off(loop)
+
     async def get(self) -> Credential:
         """Return a credential that is valid now.
 

@@ -403,6 +403,9 @@ class CredentialPool(_Pool[RecordT]):
             # Not before: a pool that is never opened leaves nothing behind at the manager.
             self._unsubscribe = self._manager.subscribe(self._observer)
         try:
+            if self._manager is not None:
+                # A pool that opens nothing yet is ready once its source has answered, and not with its first query.
+                self._manager.prefetch()
             await super()._initialize()
         except BaseException:
             if self._connector is not None:

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 from support import secret
 
-from asyncpool_creds import PoolReady, create_pool
+from asyncpool_creds import PoolReady, ProviderError, RefreshFailed, create_pool
 from asyncpool_creds.testing import RecordingObserver, ScriptedProvider
 
 pytestmark = pytest.mark.anyio
@@ -45,11 +45,29 @@ async def test_a_shared_managers_credential_has_its_whole_life_though_a_part_is_
     assert (await ready(dsn=cloud.dsn(), credentials=manager, min_size=1)).lifetime == 600.0
 
 
-async def test_a_pool_that_opens_nothing_yet_has_asked_nobody(cloud):
+async def test_a_pool_that_opens_nothing_yet_waits_for_nobody(cloud):
     event = await ready(dsn=cloud.dsn(), credentials=cloud.manager(), min_size=0)
 
     assert (event.provider, event.lifetime, event.tls, event.size) == ("ScriptedProvider", None, "none", 0)
-    assert cloud.provider.calls == 0
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_a_pool_that_opens_nothing_yet_asks_its_source_in_the_background(cloud, background):
+    async with cloud.pool(credentials=cloud.manager(background=background), min_size=0) as pool:
+        if background:
+            await cloud.until(lambda: pool.manager.current is not None)
+        assert cloud.provider.calls == background
+        assert cloud.door.attempts == 0
+
+
+async def test_a_pool_without_traffic_is_ready_once_its_source_is_mended(cloud):
+    cloud.provider.play(ProviderError("access denied", retryable=False))
+    async with cloud.pool(min_size=0) as pool:
+        await cloud.observer.seen(RefreshFailed)
+        assert pool.manager.is_failing
+        cloud.provider.play(600)
+        await pool.manager.refresh()
+        assert not pool.manager.is_failing
 
 
 async def test_a_pool_without_credentials_is_ready_too_and_hides_its_password(cloud, server):
