@@ -36,6 +36,7 @@ from asyncpool_creds._provider import BindableProvider, CredentialFunction, Cred
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
+from asyncpool_creds._watchdog import guard, part_from
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -52,8 +53,8 @@ else:  # a default takes Python 3.13
 # A pool of a hundred is replaced in four seconds at this rate; Aurora DSQL's token bucket refills
 # with ten a second in its first, and a hundred a second in its present, documentation.
 DEFAULT_RECONNECTS_PER_SECOND: Final = 25.0
-# A server that has not said goodbye by then is hung up on.
-_CLOSE_TIMEOUT: Final = 10.0
+# A drain waits so long for connections that are being reset.
+_RESET_TIMEOUT: Final = 10.0
 
 if TYPE_CHECKING:
 
@@ -289,7 +290,7 @@ class CredentialPool(_Pool[RecordT]):
         """
         self._check_init()
         # What has been released is at rest for its user.
-        with anyio.move_on_after(_CLOSE_TIMEOUT):
+        with anyio.move_on_after(_RESET_TIMEOUT):
             for slot in self.slots():
                 if slot.is_resetting:
                     await slot.wait_until_reset()
@@ -444,6 +445,7 @@ class CredentialPool(_Pool[RecordT]):
             connection, stamp = await self._connector.open(arguments[0] if arguments else None, keywords)
         if not isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
             return connection  # asyncpg says what is wrong with it
+        guard(connection)
         if self._fast_path is not None:
             watch(connection)
         self._sessions[connection] = Session(stamp, opened, epoch, self._max_lifetime)
@@ -611,7 +613,7 @@ async def _close_managers(managers: Iterable[TokenManager]) -> None:
 
 async def _close(connection: AnyConnection) -> None:
     try:
-        await connection.close(timeout=_CLOSE_TIMEOUT)
+        await part_from(connection)
     except Exception as error:  # noqa: BLE001 - it is leaving, one way or the other
         _logger.debug("closing a retired connection failed (%s); it was terminated", type(error).__name__)
         connection.terminate()

@@ -19,10 +19,10 @@ CORE = [
     *("_errors", "_tracebacks", "_clock", "_alarm", "_fork"),
     *("_expiry", "_credential", "_policy", "_events", "_provider"),
     *("_manager", "_managers"),
-    *("_target", "_tls", "_connector", "_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
+    *("_target", "_tls", "_connector", "_watchdog", "_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
 ]
-WITH_ASYNCPG = {"_target", "_tls", "_connector", "_slots", "_queue", "_fastpath", "_rotation", "_pool"}
-WITH_ASYNCPG_PRIVATES = {"_slots", "_fastpath", "_pool"}
+WITH_ASYNCPG = {"_target", "_tls", "_connector", "_watchdog", "_slots", "_queue", "_fastpath", "_rotation", "_pool"}
+WITH_ASYNCPG_PRIVATES = {"_watchdog", "_slots", "_fastpath", "_pool"}
 FOR_PROVIDERS = {"_credential", "_expiry", "_errors", "_tracebacks", "_clock", "_events", "_provider", "storage"}
 # What several sources have in common; each may import what stands before it, and every source all of them.
 SHARED_BY_PROVIDERS = [
