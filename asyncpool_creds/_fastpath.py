@@ -217,13 +217,10 @@ class FastPath:
     ) -> None:
         self._watchdog.answered(connection)
         error = _end_of(reset)
-        if error is not None and self._watchdog.has_given_up(connection):
-            unanswered = no_reset()
-            unanswered.__cause__ = error
-            error = unanswered
+        is_unanswered = error is not None and self._watchdog.has_given_up(connection)
         if done is None:
             self._queue.resetting -= 1
-            if error is not None and not slot._pool.is_closing():
+            if error is not None and not is_unanswered and not slot._pool.is_closing():
                 self._owner.retire(connection, "reset_failed")  # nobody else would hear of it
         self._queue.hold()
         try:
@@ -235,6 +232,10 @@ class FastPath:
             return
         if error is None:
             hand_over(done, None)
+        elif is_unanswered:
+            unanswered = no_reset()
+            unanswered.__cause__ = error
+            done.set_exception(unanswered)
         else:
             done.set_exception(error)
 

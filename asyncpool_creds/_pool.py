@@ -36,7 +36,7 @@ from asyncpool_creds._provider import BindableProvider, CredentialFunction, Cred
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
-from asyncpool_creds._watchdog import guard, part_from
+from asyncpool_creds._watchdog import guard, part_from, watchdog_of
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -449,8 +449,14 @@ class CredentialPool(_Pool[RecordT]):
         if self._fast_path is not None:
             watch(connection)
         self._sessions[connection] = Session(stamp, opened, epoch, self._max_lifetime)
-        connection.add_termination_listener(lambda _: self._rotation.look())
+        reference = weakref.ref(connection)
+        connection.add_termination_listener(lambda _: self._has_ended(reference()))
         return connection
+
+    def _has_ended(self, connection: AnyConnection | None) -> None:
+        if connection is not None and watchdog_of(self._loop).has_given_up(connection) and not self.is_closing():
+            self.retire(connection, "unanswered")
+        self._rotation.look()
 
     # -- what slots and rotation ask for
 

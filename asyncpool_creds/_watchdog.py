@@ -164,10 +164,7 @@ async def part_from(connection: Any, timeout: float | None = None) -> None:  # n
     patience = _GOODBYE if timeout is None else min(timeout, _GOODBYE)
     try:
         await connection.close(timeout=patience)
-    except (TimeoutError, asyncpg.InterfaceError) as error:
-        # An InterfaceError is what asyncpg before 0.32 says if a query that still ran could not be cancelled.
-        if isinstance(error, asyncpg.InterfaceError) and not watchdog_of(connection._loop).has_given_up(connection):
-            raise
+    except TimeoutError:
         _hang_up(connection)
         if patience == timeout:
             raise
@@ -234,6 +231,14 @@ def _leaving_nobody_waiting(kind: type[Any]) -> type[Any]:
                 self.terminate()
             if not sent.done():
                 sent.set_result(None)
+
+        async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncpg's signature
+            try:
+                await kind.close(self, timeout=timeout)
+            except asyncpg.InterfaceError:
+                # It waited for a cancellation that never came, and the connection is closed now.
+                if not watchdog_of(self._loop).has_given_up(self):
+                    raise
 
         def _cleanup(self) -> None:
             kind._cleanup(self)
