@@ -315,9 +315,9 @@ class Slot(_Holder):
     def release(self, timeout: float | None) -> Awaitable[None]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         # What is given back is read now: before the coroutine runs, and whenever it waits, the connection may die,
         # and the slot have another one, for somebody else.
-        return self._give_back(self._con, self._in_use, timeout)
+        return self._careful_release(self._con, self._in_use, timeout)
 
-    async def _give_back(self, connection: Any, in_use: Any, timeout: float | None) -> None:  # noqa: ASYNC109
+    async def _careful_release(self, connection: Any, in_use: Any, timeout: float | None) -> None:  # noqa: ASYNC109
         if in_use is None:
             raise asyncpg.InternalClientError("PoolConnectionHolder.release() called on a free connection holder")
         owner: SlotOwner = self._pool
@@ -458,6 +458,11 @@ async def _wait_for_cancellation(connection: Any, timeout: float | None) -> None
         if timeout is not None:
             raise
         connection.terminate()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        connection.terminate()  # before 0.32, who is cancelled while waiting for this cancels it for everybody else
     except asyncpg.InterfaceError:
         if not connection.is_closed():
             raise

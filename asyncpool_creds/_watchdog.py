@@ -122,7 +122,7 @@ class Watchdog:
         self._now += 1
         overdue = [one for one, due in self._owing.items() if due <= self._now]
         for one, (due, sent, acknowledged) in tuple(self._cancellations.items()):
-            if sent.done() and acknowledged.done():
+            if sent.done() and _is_over(acknowledged, one):
                 del self._cancellations[one]
             elif due <= self._now:
                 overdue.append(one)
@@ -155,7 +155,7 @@ def _hang_up(connection: Any) -> None:
         transport.abort()
 
 
-async def part_from(connection: Any, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as asyncpg's
+async def part_from(connection: AnyConnection, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as asyncpg's
     """Close `connection`, and hang up on a server that says nothing to it for a second.
 
     Raises:
@@ -281,6 +281,25 @@ class _GuardedTransaction(Transaction):
 
 
 look_like(_GuardedTransaction, Transaction)
+
+
+def _is_over(acknowledged: asyncio.Future[None], connection: Any) -> bool:
+    """Return whether a cancellation is acknowledged."""
+    if not acknowledged.cancelled():
+        return acknowledged.done()
+    # Before 0.32, a query that waited for it was cancelled itself, and the future with it.
+    if connection._protocol is None:
+        return True
+    waiting = connection._protocol._wait_for_cancellation()
+    try:
+        waiting.send(None)
+    except StopIteration:
+        return True
+    except asyncio.CancelledError:
+        return False
+    finally:
+        waiting.close()
+    return False
 
 
 def _acknowledgement(protocol: Any) -> asyncio.Future[None]:
