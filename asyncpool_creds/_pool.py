@@ -394,7 +394,12 @@ class CredentialPool(_Pool[RecordT]):
         """Release a connection back to the pool, as asyncpg's does.
 
         Done as soon as the reset of its session is on its way, or, with `wait_for_reset`, has been acknowledged.
-        Cancelling this leaves the reset as it is.
+        Cancelling this leaves the reset as it is. A server that acknowledges neither a cancelled query nor the reset
+        within a second (a reset of your own: ten) loses the connection, and the slot is free.
+
+        Raises:
+            TimeoutError: The reset that this waits for was not acknowledged in time, or not within `timeout` (by
+                default, that of the acquire). The connection is terminated.
         """
         done = None
         if timeout is None and self._fast_path is not None:
