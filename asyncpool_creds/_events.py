@@ -38,7 +38,7 @@ __all__ = [
 _logger = logging.getLogger("asyncpool_creds")
 
 RetireReason: TypeAlias = Literal[
-    "rotated", "expired", "max_lifetime", "drained", "before_acquire", "after_release", "reset_failed"
+    "rotated", "expired", "max_lifetime", "drained", "before_acquire", "after_release", "reset_failed", "unanswered"
 ]
 
 TlsState: TypeAlias = Literal["verified", "unverified", "none", "local"]

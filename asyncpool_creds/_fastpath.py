@@ -24,6 +24,7 @@ from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._handoff import hand_over
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._slots import AnyProxy, Slot, SlotOwner
+from asyncpool_creds._watchdog import answer_to_reset, look_like, no_reset, watchdog_of
 
 __all__ = ["FastPath", "is_supported", "watch", "whole_call"]
 
@@ -93,8 +94,7 @@ def _watched(kind: type[Any]) -> type[Any]:
             _untouched.pop(id(self), None)
             return kind._get_unique_id(self, *arguments)
 
-    Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
-    Watched.__module__, Watched.__doc__ = kind.__module__, kind.__doc__
+    look_like(Watched, kind)
     _watched_kinds.add(Watched)
     return Watched
 
@@ -141,6 +141,7 @@ class FastPath:
         self._loop: Final = loop
         self._wait_for_reset: Final = wait_for_reset
         self._resets: Final = resets
+        self._watchdog: Final = watchdog_of(loop)
         self._done: Final[asyncio.Future[None]] = loop.create_future()
         self._done.set_result(None)
 
@@ -194,6 +195,7 @@ class FastPath:
             return None
         waiter._asyncio_future_blocking = False
         connection._pool_release_ctr += 1
+        self._watchdog.expect(connection, answer_to_reset(connection.__class__))
         if self._wait_for_reset:
             done: asyncio.Future[None] = self._loop.create_future()
             waiter.add_done_callback(functools.partial(self._finish, slot, connection, reset, done))
@@ -213,10 +215,12 @@ class FastPath:
         done: asyncio.Future[None] | None,
         waiter: asyncio.Future[Any],  # noqa: ARG002 - the coroutine looks for itself
     ) -> None:
+        self._watchdog.answered(connection)
         error = _end_of(reset)
+        is_unanswered = error is not None and self._watchdog.has_given_up(connection)
         if done is None:
             self._queue.resetting -= 1
-            if error is not None and not slot._pool.is_closing():
+            if error is not None and not is_unanswered and not slot._pool.is_closing():
                 self._owner.retire(connection, "reset_failed")  # nobody else would hear of it
         self._queue.hold()
         try:
@@ -228,6 +232,10 @@ class FastPath:
             return
         if error is None:
             hand_over(done, None)
+        elif is_unanswered:
+            unanswered = no_reset()
+            unanswered.__cause__ = error
+            done.set_exception(unanswered)
         else:
             done.set_exception(error)
 

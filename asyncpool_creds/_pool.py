@@ -47,6 +47,7 @@ from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import ExpiredSessions, RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
 from asyncpool_creds._target import RequireTls, Route, read_route, routing_arguments
+from asyncpool_creds._watchdog import guard, part_from, watchdog_of
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -63,8 +64,8 @@ else:  # a default takes Python 3.13
 # A pool of a hundred is replaced in four seconds at this rate; Aurora DSQL's token bucket refills
 # with ten a second in its first, and a hundred a second in its present, documentation.
 DEFAULT_RECONNECTS_PER_SECOND: Final = 25.0
-# A server that has not said goodbye by then is hung up on.
-_CLOSE_TIMEOUT: Final = 10.0
+# A drain waits so long for connections that are being reset.
+_RESET_TIMEOUT: Final = 10.0
 
 if TYPE_CHECKING:
 
@@ -307,7 +308,7 @@ class CredentialPool(_Pool[RecordT]):
         """
         self._check_init()
         # What has been released is at rest for its user.
-        with anyio.move_on_after(_CLOSE_TIMEOUT):
+        with anyio.move_on_after(_RESET_TIMEOUT):
             for slot in self.slots():
                 if slot.is_resetting:
                     await slot.wait_until_reset()
@@ -481,7 +482,12 @@ class CredentialPool(_Pool[RecordT]):
         """Release a connection back to the pool, as asyncpg's does.
 
         Done as soon as the reset of its session is on its way, or, with `wait_for_reset`, has been acknowledged.
-        Cancelling this leaves the reset as it is.
+        Cancelling this leaves the reset as it is. A server that acknowledges neither a cancelled query nor the reset
+        within a second (a reset of your own: ten) loses the connection, and the slot is free.
+
+        Raises:
+            TimeoutError: The reset that this waits for was not acknowledged in time, or not within `timeout` (by
+                default, that of the acquire). The connection is terminated.
         """
         done = None
         if timeout is None and self._fast_path is not None:
@@ -552,13 +558,20 @@ class CredentialPool(_Pool[RecordT]):
             connection, stamp = await self._connector.open(arguments[0] if arguments else None, keywords)
         if not isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
             return connection  # asyncpg says what is wrong with it
+        guard(connection)
         if self._fast_path is not None:
             watch(connection)
         self._sessions[connection] = Session(
             stamp, opened, epoch, self._max_lifetime, expired_sessions=self._expired_sessions
         )
-        connection.add_termination_listener(lambda _: self._rotation.look())
+        reference = weakref.ref(connection)
+        connection.add_termination_listener(lambda _: self._has_ended(reference()))
         return connection
+
+    def _has_ended(self, connection: AnyConnection | None) -> None:
+        if connection is not None and watchdog_of(self._loop).has_given_up(connection) and not self.is_closing():
+            self.retire(connection, "unanswered")
+        self._rotation.look()
 
     # -- what slots and rotation ask for
 
@@ -811,7 +824,7 @@ async def _close_managers(managers: Iterable[TokenManager]) -> None:
 
 async def _close(connection: AnyConnection) -> None:
     try:
-        await connection.close(timeout=_CLOSE_TIMEOUT)
+        await part_from(connection)
     except Exception as error:  # noqa: BLE001 - it is leaving, one way or the other
         _logger.debug("closing a retired connection failed (%s); it was terminated", type(error).__name__)
         connection.terminate()

@@ -21,6 +21,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 from asyncpool_creds._clock import Clock
 from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._events import RetireReason
+from asyncpool_creds._watchdog import ANSWER_OF_OWN, answer_to_reset, no_reset, part_from, watchdog_of
 
 __all__ = ["AnyProxy", "Calm", "ConnectionHook", "Slot", "SlotOwner"]
 
@@ -39,16 +40,12 @@ else:
 AnyProxy: TypeAlias = "PoolConnectionProxy[Any]"
 ConnectionHook: TypeAlias = Callable[[AnyProxy], "bool | Awaitable[bool]"]
 
-# asyncpg before 0.32 waits for ever for the cancellation of a query on a connection that is killed meanwhile.
-_WAITS_FOR_EVER: Final = "_pool_holder" not in asyncpg.Connection.__slots__
+# Seconds for the cancellation of a query on a connection that no watchdog looks after.
 _CANCELLATION_TIMEOUT: Final = 10.0
-# No pool has this generation, so asyncpg closes the connection on release (0.29 to 0.32).
-_RETIRED: Final = -1
 
 
-# Called by their names: on the way that every acquire and release takes, super() costs as much as what it finds.
+# Called by its name: on the way that every acquire takes, super() costs as much as what it finds.
 _acquire: Final = _Holder.acquire
-_release: Final = _Holder.release
 
 
 class Calm:
@@ -350,40 +347,87 @@ class Slot(_Holder):
             owner.close_later(self.vacate())
 
     def release(self, timeout: float | None) -> Awaitable[None]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        owner: SlotOwner = self._pool
-        calm = owner.calm
-        if not _WAITS_FOR_EVER and calm.monotonic() < calm.until and calm.time() < calm.until_wall:
-            return _release(self, timeout)
-        return self._careful_release(owner, timeout)
+        # What is given back is read now: before the coroutine runs, and whenever it waits, the connection may die,
+        # and the slot have another one, for somebody else.
+        return self._careful_release(self._con, self._in_use, timeout)
 
-    async def _careful_release(self, owner: SlotOwner, timeout: float | None) -> None:  # noqa: ASYNC109 - as asyncpg's
-        connection = self._con
+    async def _careful_release(self, connection: Any, in_use: Any, timeout: float | None) -> None:  # noqa: ASYNC109
+        if in_use is None:
+            raise asyncpg.InternalClientError("PoolConnectionHolder.release() called on a free connection holder")
+        owner: SlotOwner = self._pool
         failure: Exception | None = None
-        if self._in_use is not None and not connection.is_closed():
-            approved = True
-            if owner.after_release is not None:
-                approved, failure = await _verdict(owner.after_release, self._proxy, timeout)
-            reason = owner.claim_on(connection) if approved else "after_release"
-            if reason is not None and self._con is connection:
-                owner.retire(connection, reason)
-                self._generation = _RETIRED
-        if self._con is connection:  # else it died meanwhile, and asyncpg has freed the slot
-            if _WAITS_FOR_EVER and timeout is None and connection._protocol._is_cancelling():
-                timeout = _CANCELLATION_TIMEOUT
-            try:
-                await super().release(timeout)
-            except AttributeError:
-                # asyncpg 0.30 and 0.31 trip over a slot that was freed while they waited for a cancellation.
-                if self._con is connection:
-                    raise
-            finally:
-                if self._con is connection and self._in_use is not None and connection.is_closed():
-                    # 0.30 and 0.31 take every closed connection for cleaned up. An aborted one is not, and
-                    # its slot would be lost.
-                    connection.terminate()
-                owner.released(self)
+        try:
+            if self._in_use is in_use and not connection.is_closed():
+                failure = await self._end_use(owner, connection, in_use, timeout)
+        finally:
+            if self._in_use is in_use and connection.is_closed():
+                connection.terminate()  # it was aborted, and nothing was cleaned up: its slot would be lost
+            owner.released(self)
         if failure is not None:
             raise failure
+
+    async def _end_use(
+        self,
+        owner: SlotOwner,
+        connection: Any,
+        in_use: Any,
+        timeout: float | None,  # noqa: ASYNC109 - as asyncpg's
+    ) -> Exception | None:
+        """Close or reset what comes back, and free the slot; return what the hook raised."""
+        approved, failure = True, None
+        self._timeout = None
+        if owner.after_release is not None:
+            with watchdog_of(self._pool._loop).expecting(connection, ANSWER_OF_OWN):
+                approved, failure = await _verdict(owner.after_release, self._proxy, timeout)
+            if self._in_use is not in_use or connection.is_closed():
+                return failure
+        reason = owner.claim_on(connection) if approved else "after_release"
+        if reason is not None:
+            owner.retire(connection, reason)
+        if (
+            reason is not None
+            or (connection._protocol.queries_count >= self._max_queries and not owner.is_irreplaceable(connection))
+            or self._generation != self._pool._generation
+        ):
+            await part_from(connection, timeout)
+            return failure
+        try:
+            await self._reset(connection, timeout)
+        except BaseException:
+            connection.terminate()
+            raise
+        if self._in_use is in_use and not connection.is_closed():
+            self.rejoin()
+        return failure
+
+    async def _reset(self, connection: Any, timeout: float | None) -> None:  # noqa: ASYNC109
+        loop: asyncio.AbstractEventLoop = self._pool._loop
+        if connection._protocol._is_cancelling():
+            began = loop.time()
+            await _wait_for_cancellation(connection, timeout)
+            if connection.is_closed():
+                return
+            timeout = None if timeout is None else max(0.0, timeout - (loop.time() - began))
+        own = self._pool._reset
+        watchdog = watchdog_of(loop)
+        watchdog.expect(connection, answer_to_reset(connection.__class__) if own is None else ANSWER_OF_OWN)
+        try:
+            if own is None:
+                await connection.reset(timeout=timeout)
+            else:
+                async with asyncio.timeout(timeout):
+                    await connection._reset()
+                    await own(connection)
+        except Exception as error:
+            if watchdog.has_given_up(connection):
+                raise no_reset() from error
+            raise
+        finally:
+            watchdog.answered(connection)
+
+    async def close(self) -> None:
+        if self._con is not None:
+            await part_from(self._con)
 
     def forget_timeout(self) -> None:
         """Have the release take as long as it takes: no timeout came with the acquire."""
@@ -438,6 +482,29 @@ class Slot(_Holder):
         finally:
             owner.connecting.discard(self)
             owner.connected(self)
+
+
+async def _wait_for_cancellation(connection: Any, timeout: float | None) -> None:  # noqa: ASYNC109
+    """Wait until it is acknowledged that a query was cancelled, or the connection is closed.
+
+    Raises:
+        TimeoutError: It was not within `timeout`.
+    """
+    try:
+        async with asyncio.timeout(_CANCELLATION_TIMEOUT if timeout is None else timeout):
+            await connection._protocol._wait_for_cancellation()
+    except TimeoutError:
+        if timeout is not None:
+            raise
+        connection.terminate()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        connection.terminate()  # before 0.32, who is cancelled while waiting for this cancels it for everybody else
+    except asyncpg.InterfaceError:
+        if not connection.is_closed():
+            raise
 
 
 async def _verdict(

@@ -20,10 +20,10 @@ CORE = [
     *("_expiry", "_credential", "_policy", "_event_log", "_events", "_provider"),
     *("_manager", "_managers", "_keywords"),
     *("_target", "_tls", "_connect_errors", "_connector", "_connect_line"),
-    *("_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
+    *("_watchdog", "_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
 ]
 WITH_ASYNCPG = set(CORE[CORE.index("_keywords") :]) - {"_handoff"}
-WITH_ASYNCPG_PRIVATES = {"_slots", "_fastpath", "_pool"}
+WITH_ASYNCPG_PRIVATES = {"_watchdog", "_slots", "_fastpath", "_pool"}
 FOR_PROVIDERS = {
     *("_credential", "_expiry", "_errors", "_tracebacks", "_loopback"),
     *("_clock", "_events", "_provider", "storage"),
