@@ -1,4 +1,4 @@
-"""What is lost when something goes wrong: our pool, plain asyncpg and psycopg_pool, side by side through the same drills."""
+"""What is lost when something goes wrong: ours, plain asyncpg and psycopg_pool, side by side through the same drills."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Cell:
         rounds: How many ticks it makes; none: it is left out.
         measure: Measures it.
         requires: Distributions that it cannot do without.
-        only_loop: The one loop it is measured on; "virtual" if it brings one of its own, on a virtual clock; None: each.
+        only_loop: The one loop it is measured on; "virtual" if it brings its own, on a virtual clock; None: each.
     """
 
     name: str
