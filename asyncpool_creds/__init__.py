@@ -13,6 +13,7 @@ from asyncpool_creds._errors import (
     ProviderTimeout,
 )
 from asyncpool_creds._events import (
+    ClockSkewDetected,
     ConnectionOpened,
     ConnectionRetired,
     CredentialInvalidated,
@@ -37,6 +38,7 @@ from asyncpool_creds._provider import BindableProvider, CredentialFunction, Cred
 __all__ = [
     "BindableProvider",
     "Clock",
+    "ClockSkewDetected",
     "ConnectionInfo",
     "ConnectionOpened",
     "ConnectionRetired",

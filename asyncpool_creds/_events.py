@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Literal, TypeAlias
 
 __all__ = [
+    "ClockSkewDetected",
     "ConnectionOpened",
     "ConnectionRetired",
     "CredentialInvalidated",
@@ -107,6 +108,21 @@ class CredentialInvalidated(Event):
     provider: str
     fingerprint: str
     generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockSkewDetected(Event):
+    """A server refused a credential that had time left: its clock is ahead, so credentials are used for less long.
+
+    Args:
+        provider: Name of the source.
+        skew: Seconds by which the server's clock is taken to be ahead, from now on.
+        lifetime: Seconds the refused credential lives by what it says itself.
+    """
+
+    provider: str
+    skew: float
+    lifetime: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

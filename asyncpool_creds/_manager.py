@@ -24,8 +24,15 @@ from asyncpool_creds import _fork, _policy
 from asyncpool_creds._alarm import Alarm
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
-from asyncpool_creds._errors import CredentialExpired, ManagerClosed, ProviderError, ProviderTimeout
+from asyncpool_creds._errors import (
+    CredentialExpired,
+    CredentialUnavailable,
+    ManagerClosed,
+    ProviderError,
+    ProviderTimeout,
+)
 from asyncpool_creds._events import (
+    ClockSkewDetected,
     CredentialInvalidated,
     CredentialRefreshed,
     Event,
@@ -110,11 +117,14 @@ class Stamp:
         self.credential: Credential = credential
         self.obtained_at: datetime = datetime.fromtimestamp(wall, UTC)
         self._wall, self._mono = wall, mono
+        self._replan(plan)
+
+    def _replan(self, plan: _policy.RefreshPlan) -> None:
         # Each moment is seconds since `obtained_at`: it has come when either clock says so.
         self._refresh = _or_never(plan.refresh_in)  # always before `_usable`
         self._usable = _or_never(plan.usable_for)
         self._expires = _or_never(plan.expires_in)
-        self._stale_wall, self._stale_mono = wall + self._refresh, mono + self._refresh
+        self._stale_wall, self._stale_mono = self._wall + self._refresh, self._mono + self._refresh
 
     def _age(self, clock: Clock) -> float:
         return max(clock.monotonic() - self._mono, clock.time() - self._wall)
@@ -191,12 +201,27 @@ class ManagerStats:
     seconds_left: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Failure:
+    """The last request to the source gave nothing usable.
+
+    Args:
+        error: What it said.
+        number: Of all failures of this manager.
+        attempt: 1 for the first failure since the last success.
+        at: When.
+        retry_at: When the source may be asked again on the manager's own account, on the monotonic clock.
+        shared_until: Until when callers are given the same error, on the monotonic clock.
+        is_shown: True once a caller has been given the error with all that led to it.
+    """
+
     error: ProviderError
+    number: int
     attempt: int
+    at: datetime
     retry_at: float
-    hold_until: float
+    shared_until: float
+    is_shown: bool = False
 
 
 class TokenManager:
@@ -220,6 +245,8 @@ class TokenManager:
             default: the smaller of ten seconds and a twentieth of the life.
         default_lifetime: Seconds (or a timedelta) that a credential is taken to live if it
             does not say so itself; default: for ever.
+        patience: Seconds (or a timedelta) for which a caller who would get an error waits for the next
+            attempts instead, at the start too; default: none. A deadline of the caller's own ends it sooner.
         on_event: An observer, or several; default: `log_event`.
         clock: Where the time comes from, for tests.
 
@@ -237,6 +264,7 @@ class TokenManager:
         fetch_timeout: float | timedelta = 30.0,
         min_validity: float | timedelta | None = None,
         default_lifetime: float | timedelta | None = None,
+        patience: float | timedelta = 0.0,
         on_event: Observer | Iterable[Observer] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -248,6 +276,7 @@ class TokenManager:
         self._default_lifetime = (
             None if default_lifetime is None else _policy.parse_seconds("default_lifetime", default_lifetime)
         )
+        self._patience = _policy.parse_seconds("patience", patience, zero=True)
         self._clock = clock
         self._provider = as_provider(provider, clock)
         self._name = provider_name(self._provider)
@@ -259,7 +288,8 @@ class TokenManager:
         self._not_before = _NEVER  # the source had nothing newer: no sooner than this again
         self._answered_at = _NEVER  # when the source last gave a credential, on the monotonic clock
         self._invalidations = 0
-        self._invalidation_hold = _NEVER
+        self._invalidated_until = _NEVER  # until then, another invalidation is ignored
+        self._skew = 0.0  # seconds by which the server's clock is ahead, as far as its refusals tell
         self._warned_of: tuple[str, ...] = ()
         self._fetches = self._failures = self._rotations = self._generation = 0
 
@@ -280,7 +310,7 @@ class TokenManager:
         """Fetch the first credential, so that a broken source shows now and not at the first connect.
 
         Raises:
-            CredentialExpired: The source gave nothing; it may be tried again.
+            CredentialUnavailable: The source gave nothing within `patience`; it may be tried again.
             ManagerClosed: The manager is closed.
             RuntimeError: The manager belongs to another event loop.
         """
@@ -292,10 +322,13 @@ class TokenManager:
 
         A fresh one is returned without suspending, a stale one too, while it is refreshed
         behind your back. Otherwise this waits for the fetch that all callers share;
-        cancelling one of them changes nothing for the others.
+        cancelling one of them changes nothing for the others. An error is shared for a second at most, unless the
+        source asked for more with Retry-After (a minute at most): then the next call asks the source again.
 
         Raises:
-            CredentialExpired: Nothing valid is held and the source is failing; its error is the cause.
+            CredentialExpired: Nothing valid is held and the source is failing; its error is the cause. The first
+                caller gets that with all that led to it, the others in one line.
+            CredentialUnavailable: The same, where the source has never given a credential.
             ManagerClosed: The manager is closed.
             RuntimeError: The manager belongs to another event loop.
         """
@@ -322,6 +355,7 @@ class TokenManager:
 
     async def stamp(self) -> Stamp:
         """Return what `get` returns, with its generation and deadlines: what a pool marks a connection with."""
+        give_up_at = self._monotonic() + self._patience
         while True:
             loop = self._running_loop()
             stamp = self._stamp
@@ -329,30 +363,58 @@ class TokenManager:
                 if self._flight is None and stamp.is_stale(self._clock) and self._may_retry():
                     self._take_off(loop)
                 return stamp
-            if self._flight is None:
-                if stamp is not None and self._is_all_there_is(stamp):
-                    return stamp
-                if self._failure is not None and self._monotonic() < self._failure.hold_until:
-                    return self._last_resort(self._failure.error)
-            error = await self._land(loop)
-            if error is not None:
+            if stamp is not None and self._is_all_there_is(stamp):
+                return stamp
+            failure = self._failure
+            if self._flight is not None or failure is None or self._monotonic() >= failure.shared_until:
+                error = await self._land(loop)
                 self._running_loop()  # a close in between is the better explanation
-                return self._last_resort(error)
+                failure = self._failure
+                if error is None or failure is None:
+                    continue
+            stamp = self._stamp
+            if stamp is not None and stamp.seconds_left(self._clock) > 0:
+                stamp._refused = False  # nothing better is to be had
+                return stamp
+            now = self._monotonic()
+            if now >= give_up_at:
+                raise self._nothing_valid(failure)
+            await self._pause(loop, min(failure.shared_until, give_up_at) - now)
 
     def _is_all_there_is(self, stamp: Stamp) -> bool:
         """Return whether `stamp`, though short of its minimum validity, is what the source has just confirmed."""
         return self._flight is None and self._monotonic() < self._not_before and stamp.is_valid(self._clock)
 
-    def _last_resort(self, error: ProviderError) -> Stamp:
-        """Return what is held if the server would still take it, or raise: the source has failed."""
+    def _nothing_valid(self, failure: _Failure) -> CredentialExpired:
+        """Return the error for a caller; the first one who meets a failure is shown all that led to it."""
         stamp = self._stamp
-        if stamp is not None and stamp.seconds_left(self._clock) > 0:
-            stamp._refused = False  # nothing better is to be had
-            return stamp
+        kind = CredentialUnavailable if stamp is None else CredentialExpired
         last = "never gave one" if stamp is None else f"gave the last one at {stamp.obtained_at:%H:%M:%S} UTC"
-        raise CredentialExpired(
-            f"no valid credential: {self._name} {last}, and the latest request failed: {error}"
-        ) from error
+        message = f"no valid credential: {self._name} {last}, and the latest request failed: {failure.error}"
+        cause = failure.error
+        if failure.is_shown:
+            # A thousand callers would log the same chain a thousand times.
+            message += f" (failure {failure.number}, at {failure.at:%H:%M:%S} UTC)"
+            cause = ProviderError(
+                f"failure {failure.number} of {self._name}; its first caller was given all that led to it",
+                retryable=failure.error.retryable,
+                retry_after=failure.error.retry_after,
+            )
+        error = kind(message)
+        error.__cause__ = cause
+        failure.is_shown = True
+        return error
+
+    async def _pause(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """Wait for so long, or until a fetch has ended."""
+        waiter: asyncio.Future[ProviderError | None] = loop.create_future()
+        self._waiters[waiter] = None
+        timer = loop.call_later(max(seconds, _TIMER_GRAIN), _settle, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiters.pop(waiter, None)
 
     @property
     def current(self) -> Credential | None:
@@ -388,13 +450,14 @@ class TokenManager:
         stamp, now = self._stamp, self._monotonic()
         if self._closed or stamp is None or stamp._refused or not stamp.credential.is_same_secret(credential):
             return
-        if now < self._invalidation_hold:
+        if now < self._invalidated_until:
             return
         # In a row: what the source gave after the one before was refused, is refused as well.
-        hold = _policy.invalidation_hold(self._invalidations)
-        in_a_row = now - self._answered_at < 2 * hold + _policy.NEGATIVE_CACHE_CAP
+        left = max(stamp.seconds_left(self._clock), 0.0)
+        backoff = _policy.invalidation_backoff(self._invalidations, remaining=left)
+        in_a_row = now - self._answered_at < 2 * backoff + _policy.UNAVAILABLE_RETRY_CAP
         self._invalidations = self._invalidations + 1 if in_a_row else 1
-        self._invalidation_hold = now + _policy.invalidation_hold(self._invalidations)
+        self._invalidated_until = now + _policy.invalidation_backoff(self._invalidations, remaining=left)
         stamp._refused = True
         if self._alarm is not None:
             self._alarm.hurry(_REFUSED_FOR)
@@ -407,6 +470,28 @@ class TokenManager:
                 generation=stamp.generation,
             )
         )
+
+    def learn_skew(self, refused: Stamp, seconds_left: float) -> None:
+        """Note that a server refused `refused` with `seconds_left`, and took a newer credential.
+
+        Its clock is ahead by that much at least, so credentials are refreshed, and no longer handed out, earlier by it.
+        """
+        skew = _policy.plausible_skew(seconds_left)
+        if skew <= self._skew or self._closed:
+            return
+        is_news = self._skew == 0.0
+        self._skew = skew
+        stamp = self._stamp
+        if stamp is not None and stamp.credential.expires_at is not None:
+            _, _, plan = self._plan(stamp.credential, stamp._wall)
+            stamp._replan(plan)
+            self._stop_alarm()
+            if self._flight is None:
+                self._arm()
+        if is_news:
+            expires_at = refused.credential.expires_at
+            life = 0.0 if expires_at is None else expires_at.timestamp() - refused._wall
+            self._emit(ClockSkewDetected(at=utc_now(self._clock), provider=self._name, skew=skew, lifetime=life))
 
     def subscribe(self, callback: Observer) -> Callable[[], None]:
         """Call `callback` with every event from now on; return a function that ends that."""
@@ -549,18 +634,12 @@ class TokenManager:
 
     def _adopt(self, credential: Credential, duration: float) -> None:
         wall, mono = self._clock.time(), self._monotonic()
-        lifetime = self._default_lifetime
-        if credential.expires_at is not None:
-            lifetime = credential.expires_at.timestamp() - wall
-            if lifetime <= 0:
-                raise ProviderError(
-                    f"{self._name}: handed out a credential that expired {abs(lifetime):.0f} s ago; "
-                    "either the source caches too long, or this host's clock is ahead"
-                )
-        if lifetime is not None and credential.ends_session:
-            lifetime *= _policy.ENDS_SESSION_SHARE
-        hint = None if credential.refresh_at is None else credential.refresh_at.timestamp() - wall
-        plan = self._policy.plan(lifetime=lifetime, hint=hint, chance=random.random())  # noqa: S311 - jitter
+        if credential.expires_at is not None and (late := wall - credential.expires_at.timestamp()) >= 0:
+            raise ProviderError(
+                f"{self._name}: handed out a credential that expired {late:.0f} s ago; "
+                "either the source caches too long, or this host's clock is ahead"
+            )
+        lifetime, hint, plan = self._plan(credential, wall)
         stamp = self._stamp
         self._failure = None
         self._answered_at = mono
@@ -596,6 +675,17 @@ class TokenManager:
             )
         )
 
+    def _plan(self, credential: Credential, wall: float) -> tuple[float | None, float | None, _policy.RefreshPlan]:
+        """Return the life of a credential obtained at `wall`, its hint, and the plan made of both, all in seconds."""
+        lifetime = self._default_lifetime
+        if credential.expires_at is not None:
+            lifetime = _policy.shortened(credential.expires_at.timestamp() - wall, skew=self._skew)
+        if lifetime is not None and credential.ends_session:
+            lifetime *= _policy.ENDS_SESSION_SHARE
+        hint = None if credential.refresh_at is None else credential.refresh_at.timestamp() - wall
+        plan = self._policy.plan(lifetime=lifetime, hint=hint, chance=random.random())  # noqa: S311 - jitter
+        return lifetime, hint, plan
+
     def _fail(self, error: ProviderError) -> None:
         now, stamp = self._monotonic(), self._stamp
         self._failures += 1
@@ -603,13 +693,16 @@ class TokenManager:
         if stamp is not None:
             stamp._refused = False  # nothing better is to be had
         still_valid = stamp is not None and stamp.is_valid(self._clock)
-        remaining = stamp.seconds_left(self._clock) if stamp is not None and still_valid else math.inf
-        chance = random.random()  # noqa: S311 - jitter
-        hold = _policy.negative_hold(attempt, retry_after=error.retry_after, retryable=error.retryable, chance=chance)
-        delay = hold
-        if error.retryable:
-            delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=error.retry_after, chance=chance)
-        self._failure = _Failure(error, attempt, now + delay, now + hold)
+        remaining = stamp.seconds_left(self._clock) if stamp is not None and still_valid else None
+        delay = _policy.retry_delay(
+            attempt,
+            remaining=remaining,
+            retry_after=error.retry_after,
+            retryable=error.retryable,
+            chance=random.random(),  # noqa: S311 - jitter
+        )
+        ttl = _policy.error_cache_ttl(retry_after=error.retry_after)
+        self._failure = _Failure(error, self._failures, attempt, utc_now(self._clock), now + delay, now + ttl)
         self._emit(
             RefreshFailed(
                 at=utc_now(self._clock),
@@ -618,9 +711,9 @@ class TokenManager:
                 message=" ".join(str(error).split()),
                 retryable=error.retryable,
                 attempt=attempt,
-                retry_in=delay if self._background and error.retryable else None,
+                retry_in=delay if self._background else None,
                 still_valid=still_valid,
-                valid_for=remaining if math.isfinite(remaining) else None,
+                valid_for=None if remaining is None or math.isinf(remaining) else remaining,
             )
         )
 
@@ -668,7 +761,7 @@ class TokenManager:
     def _arm(self) -> None:
         """Set the alarm for the next refresh or retry."""
         failure = self._failure
-        if not self._background or self._closed or self._loop is None or (failure and not failure.error.retryable):
+        if not self._background or self._closed or self._loop is None:
             return
         now = self._monotonic()
         due = _NEVER if failure is None else max(failure.retry_at, self._not_before)
@@ -698,7 +791,9 @@ class TokenManager:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._loop is not None:
-                raise self._wrong_loop(loop)
+                if not self._loop.is_closed():
+                    raise self._wrong_loop(loop)
+                self._leave_loop()
             self._loop = loop
             self._arm()
         return loop
@@ -762,6 +857,11 @@ class TokenManager:
                     lifetime=plan.expires_in,
                 )
             )
+
+
+def _settle(waiter: asyncio.Future[ProviderError | None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _or_never(seconds: float | None) -> float:

@@ -55,6 +55,7 @@ class TokenManagers:
         fetch_timeout: See there.
         min_validity: See there.
         default_lifetime: See there.
+        patience: See there.
         on_event: An observer, or several, for the events of all; default: `log_event`.
         clock: Where the time comes from, for tests.
 
@@ -72,6 +73,7 @@ class TokenManagers:
         fetch_timeout: float | timedelta = 30.0,
         min_validity: float | timedelta | None = None,
         default_lifetime: float | timedelta | None = None,
+        patience: float | timedelta = 0.0,
         on_event: Observer | Iterable[Observer] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -90,6 +92,7 @@ class TokenManagers:
             fetch_timeout=fetch_timeout,
             min_validity=min_validity,
             default_lifetime=default_lifetime,
+            patience=patience,
             on_event=self._observers,
             clock=clock,
         )

@@ -14,15 +14,17 @@ from typing import Final
 __all__ = [
     "RefreshPlan",
     "RefreshPolicy",
+    "error_cache_ttl",
     "first_gap",
-    "invalidation_hold",
-    "negative_hold",
+    "invalidation_backoff",
     "parse_rate",
     "parse_seconds",
+    "plausible_skew",
     "replacement_gap",
     "retry_delay",
     "same_secret_delay",
     "session_deadlines",
+    "shortened",
 ]
 
 # The default threshold is the smaller of five minutes and a fifth of the life. A fixed
@@ -43,12 +45,21 @@ ENDS_SESSION_SHARE: Final = 9 / 10
 RETRY_BASE: Final = 1.0
 RETRY_CAP: Final = 60.0
 RETRY_FLOOR: Final = 0.1
+# No pause is longer than this share of the remaining life: after it there is time for two tries, with four ninths of
+# the life left for replacing connections.
+REMAINING_SHARE: Final = 1 / 3
 # A source may ask for patience; one that asks for a day has a typo.
 RETRY_AFTER_CAP: Final = 300.0
-# With nothing valid to hand out, callers fail fast for this long before the source is asked again.
-NEGATIVE_CACHE_CAP: Final = 5.0
-# After a refusal for good, the source is asked again at most this often, and only on demand.
-PERMANENT_HOLD: Final = 30.0
+# With nothing valid to hand out, an outage is to end when it ends: the source is asked this often,
+UNAVAILABLE_RETRY_CAP: Final = 5.0
+# this often if it has refused for good, which a person may have mended since,
+PERMANENT_RETRY: Final = 30.0
+# and never later than this, whatever it asked for.
+UNAVAILABLE_RETRY_AFTER_CAP: Final = 60.0
+# So long callers share an error before one of them asks again; the single flight protects the source.
+ERROR_CACHE_TTL: Final = 1.0
+# A server's clock that is further ahead than this has a credential refused for another reason.
+LARGEST_SKEW: Final = 60.0
 # azure-identity's floor between two attempts that yield the same token.
 SAME_SECRET_FLOOR: Final = 30.0
 LIFETIME_JITTER: Final = 0.05
@@ -156,25 +167,37 @@ class RefreshPolicy:
         return lifetime * share, lifetime * share
 
 
-def retry_delay(attempt: int, *, remaining: float, retry_after: float | None, chance: float) -> float:
+def retry_delay(
+    attempt: int, *, remaining: float | None, retry_after: float | None, chance: float, retryable: bool = True
+) -> float:
     """Return the seconds to wait after the `attempt`-th failure in a row.
 
-    Exponential with full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter"),
-    and never more than half of the `remaining` life, so that there is always one more try
-    while the old credential works. What the source asks for with Retry-After is honoured
-    as it is, up to five minutes.
+    Exponential with full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter"); half a minute after a
+    refusal for good. What the source asks for with Retry-After is honoured. All of it within a third of the
+    `remaining` life, so that there are two more tries while the old credential works; with nothing valid left
+    (`remaining` is None), within five seconds, or a minute if the source asked for it.
     """
-    backoff = min(RETRY_CAP, RETRY_BASE * 2.0 ** min(attempt - 1, 16)) * chance
-    delay = max(RETRY_FLOOR, min(backoff, remaining / 2))
-    return delay if retry_after is None else max(delay, min(retry_after, RETRY_AFTER_CAP))
+    cap, longest = (
+        (RETRY_CAP, RETRY_AFTER_CAP)
+        if remaining is not None
+        else (
+            UNAVAILABLE_RETRY_CAP,
+            UNAVAILABLE_RETRY_AFTER_CAP,
+        )
+    )
+    delay = min(cap, RETRY_BASE * 2.0 ** min(attempt - 1, 16)) * chance if retryable else PERMANENT_RETRY
+    if retry_after is not None:
+        delay = max(delay, min(retry_after, longest))
+    if remaining is not None:
+        delay = min(delay, remaining * REMAINING_SHARE)
+    return max(delay, RETRY_FLOOR)
 
 
-def negative_hold(attempt: int, *, retry_after: float | None, retryable: bool, chance: float) -> float:
+def error_cache_ttl(*, retry_after: float | None) -> float:
     """Return for how many seconds callers share the last error while nothing valid is held."""
-    hold = PERMANENT_HOLD
-    if retryable:
-        hold = min(retry_delay(attempt, remaining=math.inf, retry_after=None, chance=chance), NEGATIVE_CACHE_CAP)
-    return hold if retry_after is None else max(hold, min(retry_after, RETRY_AFTER_CAP))
+    return (
+        ERROR_CACHE_TTL if retry_after is None else max(ERROR_CACHE_TTL, min(retry_after, UNAVAILABLE_RETRY_AFTER_CAP))
+    )
 
 
 def same_secret_delay(*, remaining: float | None, hint: float | None = None) -> float:
@@ -187,12 +210,26 @@ def same_secret_delay(*, remaining: float | None, hint: float | None = None) -> 
     return delay if hint is None or hint <= 0 else min(delay, max(hint, RETRY_BASE))
 
 
-def invalidation_hold(streak: int) -> float:
+def invalidation_backoff(streak: int, *, remaining: float) -> float:
     """Return for how many seconds after the `streak`-th invalidation in a row another one is ignored.
 
-    A wrong role is not a stale token: the server would refuse every new token too.
+    A wrong role is not a stale token: the server would refuse every new token too. Never more than a third of the
+    `remaining` life.
     """
-    return min(RETRY_CAP, RETRY_BASE * 2.0 ** min(streak - 1, 16))
+    return min(RETRY_CAP, RETRY_BASE * 2.0 ** min(streak - 1, 16), max(remaining * REMAINING_SHARE, RETRY_FLOOR))
+
+
+def plausible_skew(seconds_left: float) -> float:
+    """Return by how much the server's clock is ahead if it refused a credential that had `seconds_left`; 0: not so.
+
+    A credential that had longer to live was revoked, or never right.
+    """
+    return seconds_left if 0 < seconds_left <= LARGEST_SKEW else 0.0
+
+
+def shortened(lifetime: float, *, skew: float) -> float:
+    """Return what is left of `lifetime` under a clock that is ahead by `skew`; a tenth at least, to have a try."""
+    return max(lifetime - skew, lifetime * (1 - LONGEST_SHARE))
 
 
 def session_deadlines(max_lifetime: float | None, *, chance: float) -> tuple[float | None, float | None]:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from asyncpool_creds._policy import (
     RefreshPolicy,
-    invalidation_hold,
-    negative_hold,
+    error_cache_ttl,
+    invalidation_backoff,
     replacement_gap,
     retry_delay,
     same_secret_delay,
@@ -73,31 +73,32 @@ def test_a_hint_is_never_anticipated(lifetime, share, chance):
 
 
 @given(attempts, st.floats(0, 1e10) | st.just(math.inf), chances)
-def test_a_retry_comes_within_half_of_what_is_left_and_not_at_once(attempt, remaining, chance):
+def test_a_retry_comes_within_a_third_of_what_is_left_and_not_at_once(attempt, remaining, chance):
     delay = retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
 
-    assert 0.1 <= delay <= max(0.1, min(60.0, remaining / 2))
+    assert 0.1 <= delay <= max(0.1, min(60.0, remaining / 3))
 
 
-@given(attempts, st.floats(0, 1e10) | st.just(math.inf), retry_afters, chances)
-def test_retry_after_is_honoured_up_to_its_cap(attempt, remaining, retry_after, chance):
-    without = retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
+@given(attempts, st.none() | st.floats(0, 1e10) | st.just(math.inf), retry_afters, st.booleans(), chances)
+def test_retry_after_is_honoured_within_the_remaining_life(attempt, remaining, retry_after, retryable, chance):
+    without = retry_delay(attempt, remaining=remaining, retry_after=None, retryable=retryable, chance=chance)
 
-    delay = retry_delay(attempt, remaining=remaining, retry_after=retry_after, chance=chance)
+    delay = retry_delay(attempt, remaining=remaining, retry_after=retry_after, retryable=retryable, chance=chance)
 
     assert delay >= without
-    assert delay <= max(without, 300.0)
+    longest = 60.0 if remaining is None else min(300.0, remaining / 3)
+    assert delay <= max(without, longest)
     if retry_after is not None:
-        assert delay >= min(retry_after, 300.0)
+        assert delay >= min(retry_after, longest)
 
 
-@given(attempts, retry_afters, st.booleans(), chances)
-def test_an_error_is_shared_for_seconds_and_not_for_ever(attempt, retry_after, retryable, chance):
-    hold = negative_hold(attempt, retry_after=retry_after, retryable=retryable, chance=chance)
+@given(retry_afters)
+def test_an_error_is_shared_for_a_second_unless_the_source_asked_for_more(retry_after):
+    ttl = error_cache_ttl(retry_after=retry_after)
 
-    assert 0.1 <= hold <= 300.0
+    assert 1.0 <= ttl <= 60.0
     if retry_after is not None:
-        assert hold >= min(retry_after, 300.0)
+        assert ttl >= min(retry_after, 60.0)
 
 
 @given(st.none() | st.floats(-1e10, 1e10))
@@ -109,9 +110,12 @@ def test_asking_again_for_the_same_secret_takes_its_time_but_not_all_that_is_lef
         assert delay <= remaining / 4
 
 
-@given(st.integers(1, 10_000))
-def test_refusals_are_heard_ever_more_rarely(streak):
-    assert 1.0 <= invalidation_hold(streak) <= invalidation_hold(streak + 1) <= 60.0
+@given(st.integers(1, 10_000), st.floats(0, 1e10) | st.just(math.inf))
+def test_refusals_are_heard_ever_more_rarely(streak, remaining):
+    backoff = invalidation_backoff(streak, remaining=remaining)
+
+    assert 0.1 <= backoff <= invalidation_backoff(streak + 1, remaining=remaining) <= 60.0
+    assert backoff <= max(remaining / 3, 0.1)
 
 
 @given(durations, chances)

@@ -52,7 +52,8 @@ async def test_every_retry_comes_before_the_end_of_the_old_one(new_manager, prov
     assert len(failures) >= 5
     for failure in failures:
         left = (expires_at - failure.at).total_seconds()
-        assert 0 < failure.retry_in <= max(left / 2 * 1.0001, 0.1)
+        assert 0 < failure.retry_in <= max(left / 3 * 1.0001, 0.1)
+        assert failure.valid_for == pytest.approx(left, abs=0.01)
     assert provider.calls < 60
 
 
@@ -101,10 +102,7 @@ async def test_a_source_that_never_gave_any_is_said_to_have_given_none(new_manag
         await new_manager().get()
 
 
-async def test_callers_fail_fast_for_a_while_before_the_source_is_asked_again(
-    new_manager, provider, clock, monkeypatch
-):
-    monkeypatch.setattr("random.random", lambda: 0.5)
+async def test_callers_fail_fast_for_a_second_before_the_source_is_asked_again(new_manager, provider, clock):
     provider.play(ProviderError("down"))
     manager = new_manager(background=False)
     for _ in range(100):
@@ -112,7 +110,7 @@ async def test_callers_fail_fast_for_a_while_before_the_source_is_asked_again(
             await manager.get()
     assert provider.calls == 1
 
-    clock.advance(0.6)
+    clock.advance(1)
     with pytest.raises(CredentialExpired):
         await manager.get()
 
@@ -128,7 +126,7 @@ async def test_a_crowd_of_callers_does_not_hammer_a_source_that_is_down(new_mana
             await manager.get()
         await asyncio.sleep(0.1)
 
-    assert provider.calls <= 40
+    assert provider.calls <= 60 / 1 + 60 / 5  # on demand, and on the manager's own account
 
 
 async def test_the_error_is_forgotten_when_the_source_is_back(new_manager, provider, clock):
@@ -144,15 +142,15 @@ async def test_the_error_is_forgotten_when_the_source_is_back(new_manager, provi
 
 @pytest.mark.parametrize("background", [True, False])
 async def test_retry_after_is_honoured_while_the_old_one_is_valid(new_manager, provider, clock, background):
-    provider.play(3600, ProviderError("slow down", retry_after=120), 3600)
+    provider.play(3600, ProviderError("slow down", retry_after=60), 3600)
     manager = await new_manager(background=background).start()
 
     for _ in range(3590):
         await manager.get()
         await asyncio.sleep(1)
 
-    assert provider.called_at[2] - provider.called_at[1] >= timedelta(seconds=120)
-    assert provider.called_at[2] - provider.called_at[1] < timedelta(seconds=180)
+    assert provider.called_at[2] - provider.called_at[1] >= timedelta(seconds=60)
+    assert provider.called_at[2] - provider.called_at[1] < timedelta(seconds=120)
 
 
 async def test_retry_after_is_honoured_when_nothing_is_valid(new_manager, provider, clock):
@@ -169,7 +167,7 @@ async def test_retry_after_is_honoured_when_nothing_is_valid(new_manager, provid
     assert await manager.get() is provider.credentials[0]
 
 
-async def test_a_refusal_for_good_is_not_repeated_while_the_old_one_is_valid(new_manager, provider, clock, observer):
+async def test_a_refusal_for_good_is_rarely_repeated_while_the_old_one_is_valid(new_manager, provider, clock, observer):
     provider.play(3600, ProviderError("invalid_grant", retryable=False))
     manager = await new_manager().start()
 
@@ -177,10 +175,10 @@ async def test_a_refusal_for_good_is_not_repeated_while_the_old_one_is_valid(new
         await manager.get()
         await asyncio.sleep(10)
 
-    (first, *_) = failures = observer.of(RefreshFailed)
-    assert first.retry_in is None
+    (first, *_) = failures = [failure for failure in observer.of(RefreshFailed) if failure.valid_for > 10]
+    assert first.retry_in == 30
     assert not first.retryable
-    assert len(failures) <= 300 / 30 + 1
+    assert len(failures) <= 300 / 30 + 6
 
 
 async def test_a_refusal_for_good_that_was_lifted_is_noticed_before_the_old_one_expires(new_manager, provider, clock):
@@ -195,28 +193,13 @@ async def test_a_refusal_for_good_that_was_lifted_is_noticed_before_the_old_one_
     assert provider.calls == 3
 
 
-async def test_a_refusal_for_good_is_not_repeated_without_a_caller(new_manager, provider, clock):
+async def test_a_refusal_for_good_is_repeated_every_half_minute_without_a_caller(new_manager, provider, clock):
     provider.play(60, ProviderError("invalid_grant", retryable=False))
     await new_manager().start()
 
-    await asyncio.sleep(86_400)
+    await asyncio.sleep(3600)
 
-    assert provider.calls == 2
-
-
-async def test_callers_ask_again_after_a_refusal_for_good_but_rarely(new_manager, provider, clock):
-    provider.play(ProviderError("invalid_grant", retryable=False))
-    manager = new_manager()
-    for _ in range(100):
-        with pytest.raises(CredentialExpired):
-            await manager.get()
-        await asyncio.sleep(1)
-    assert 3 <= provider.calls <= 4
-
-    provider.play(60)
-    await asyncio.sleep(30)
-
-    assert await manager.get() is provider.credentials[0]
+    assert 3540 / 30 - 1 <= provider.calls <= 3540 / 30 + 15  # more often just before the end
 
 
 async def test_a_source_that_does_not_answer_is_given_up(new_manager, provider, clock, observer):

@@ -30,8 +30,9 @@ def test_it_is_bound_to_the_loop_of_its_first_use_and_not_of_its_making(manager,
 
 
 @pytest.mark.parametrize("call", ["get", "refresh", "start", "stamp"])
-def test_use_from_another_loop_is_a_clear_error(manager, clock, call):
-    clock.run(manager.get())
+def test_use_from_another_loop_is_a_clear_error_while_its_own_lives(manager, clock, call):
+    own = clock.new_event_loop()
+    own.run_until_complete(manager.get())
 
     async def elsewhere() -> None:
         with pytest.raises(RuntimeError, match="one manager per event loop") as caught:
@@ -39,6 +40,24 @@ def test_use_from_another_loop_is_a_clear_error(manager, clock, call):
         assert str(caught.value).count("_VirtualLoop") == 2
 
     clock.run(elsewhere())
+    own.run_until_complete(manager.aclose())
+    own.close()
+
+
+@pytest.mark.parametrize("call", ["get", "refresh", "start", "stamp"])
+def test_a_manager_whose_loop_is_closed_moves_to_the_running_one(manager, provider, clock, call):
+    provider.play(60)
+    clock.run(manager.get())
+
+    async def elsewhere() -> None:
+        await getattr(manager, call)()
+        calls = provider.calls
+        await asyncio.sleep(60)
+        assert provider.calls > calls  # it refreshes there, too
+        await manager.aclose()
+
+    clock.run(elsewhere())
+    assert provider.closed == 1
 
 
 def test_it_cannot_be_closed_from_another_loop_while_its_own_lives(manager, clock):

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from support import assert_no_secret, tasks_of_ours
 
-from asyncpool_creds import CredentialExpired, ManagerClosed, ProviderError, TokenManager
+from asyncpool_creds import CredentialExpired, CredentialUnavailable, ManagerClosed, ProviderError, TokenManager
 from asyncpool_creds.testing import ScriptedProvider
 
 pytestmark = pytest.mark.anyio
@@ -34,7 +34,7 @@ async def test_a_thousand_callers_share_one_failure(new_manager, provider, clock
     errors = await asyncio.gather(*(manager.get() for _ in range(1000)), return_exceptions=True)
 
     assert provider.calls == 1
-    assert {type(error) for error in errors} == {CredentialExpired}
+    assert {type(error) for error in errors} == {CredentialUnavailable}
     assert len({id(error) for error in errors}) == 1000
     assert_no_secret(errors[0])
 

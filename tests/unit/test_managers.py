@@ -299,10 +299,12 @@ async def test_closing_while_names_are_started_is_one_of_their_errors(managers, 
 
 async def test_a_mistake_of_the_caller_is_raised_as_it_is(new, tenants):
     managers = new(background=False)
-    await asyncio.to_thread(asyncio.run, managers.get("b"))
+    other = asyncio.new_event_loop()
+    await asyncio.to_thread(other.run_until_complete, managers.get("b"))
 
     with pytest.raises(RuntimeError, match="make one manager per event loop"):
         await managers.start("a", "b")
+    other.close()
 
 
 async def test_cancelling_the_start_leaves_no_task_and_fetches_go_on(managers, tenants, clock):

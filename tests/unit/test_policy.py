@@ -9,15 +9,17 @@ import pytest
 from asyncpool_creds._policy import (
     RefreshPlan,
     RefreshPolicy,
+    error_cache_ttl,
     first_gap,
-    invalidation_hold,
-    negative_hold,
+    invalidation_backoff,
     parse_rate,
     parse_seconds,
+    plausible_skew,
     replacement_gap,
     retry_delay,
     same_secret_delay,
     session_deadlines,
+    shortened,
 )
 
 MINUTE, HOUR = 60.0, 3600.0
@@ -184,7 +186,27 @@ def test_retries_back_off_exponentially_to_a_minute(attempt, delay):
 
 
 def test_a_retry_comes_while_the_old_credential_works():
-    assert retry_delay(20, remaining=8.0, retry_after=None, chance=0.99) == 4.0
+    assert retry_delay(20, remaining=9.0, retry_after=None, chance=0.99) == 3.0
+
+
+@pytest.mark.parametrize("remaining", [0.6, 2.0, 40.0, 300.0])
+def test_no_pause_takes_more_than_a_third_of_what_is_left(remaining):
+    longest = pytest.approx(remaining / 3)
+    assert retry_delay(20, remaining=remaining, retry_after=120.0, chance=0.99) == longest
+    if remaining < 90:
+        assert retry_delay(1, remaining=remaining, retry_after=None, retryable=False, chance=0.0) == longest
+
+
+@pytest.mark.parametrize(
+    ("retryable", "retry_after", "longest"),
+    [(True, None, 5.0), (False, None, 30.0), (True, 20.0, 20.0), (True, 300.0, 60.0)],
+)
+def test_a_source_is_asked_on_while_nothing_is_valid(retryable, retry_after, longest):
+    delays = [
+        retry_delay(attempt, remaining=None, retry_after=retry_after, retryable=retryable, chance=0.9999999)
+        for attempt in (1, 5, 1000)
+    ]
+    assert max(delays) == pytest.approx(longest)
 
 
 @pytest.mark.parametrize(("chance", "remaining"), [(0.0, math.inf), (0.99, 0.01), (0.99, 0.0)])
@@ -200,18 +222,11 @@ def test_the_patience_a_source_asks_for_is_honoured_within_reason(retry_after, d
     assert retry_delay(1, remaining=HOUR, retry_after=retry_after, chance=0.5) == delay
 
 
-@pytest.mark.parametrize(("attempt", "hold"), [(1, 0.5), (2, 1.0), (4, 4.0), (5, 5.0), (50, 5.0)])
-def test_callers_share_an_error_for_a_few_seconds(attempt, hold):
-    assert negative_hold(attempt, retry_after=None, retryable=True, chance=0.5) == hold
-
-
-def test_callers_share_an_error_for_as_long_as_the_source_asked_for():
-    assert negative_hold(1, retry_after=20.0, retryable=True, chance=0.5) == 20.0
-    assert negative_hold(1, retry_after=86_400.0, retryable=True, chance=0.5) == 300.0
-
-
-def test_a_refusal_for_good_is_shared_for_half_a_minute():
-    assert negative_hold(1, retry_after=None, retryable=False, chance=0.5) == 30.0
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"), [(None, 1.0), (0.0, 1.0), (20.0, 20.0), (86_400.0, 60.0), (math.nan, 1.0)]
+)
+def test_callers_share_an_error_for_a_second_or_as_the_source_asked(retry_after, seconds):
+    assert error_cache_ttl(retry_after=retry_after) == seconds
 
 
 @pytest.mark.parametrize(("remaining", "delay"), [(None, 30.0), (HOUR, 30.0), (40.0, 10.0), (0.2, 0.1), (-1.0, 0.1)])
@@ -225,7 +240,23 @@ def test_a_source_that_says_when_to_look_again_is_asked_then(hint, delay):
 
 
 def test_refusals_in_a_row_are_heard_ever_more_rarely():
-    assert [invalidation_hold(streak) for streak in (1, 2, 3, 6, 7, 1000)] == [1.0, 2.0, 4.0, 32.0, 60.0, 60.0]
+    backoffs = [invalidation_backoff(streak, remaining=math.inf) for streak in (1, 2, 3, 6, 7, 1000)]
+    assert backoffs == [1.0, 2.0, 4.0, 32.0, 60.0, 60.0]
+
+
+@pytest.mark.parametrize(("remaining", "longest"), [(9.0, 3.0), (0.0, 0.1)])
+def test_refusals_are_heard_while_there_is_time_to_do_something(remaining, longest):
+    assert invalidation_backoff(1000, remaining=remaining) == longest
+
+
+@pytest.mark.parametrize(("left", "skew"), [(10.0, 10.0), (60.0, 60.0), (61.0, 0.0), (math.inf, 0.0), (-1.0, 0.0)])
+def test_a_refusal_with_seconds_left_tells_how_far_the_clock_is_ahead(left, skew):
+    assert plausible_skew(left) == skew
+
+
+@pytest.mark.parametrize(("lifetime", "skew", "left"), [(20.0, 0.0, 20.0), (20.0, 8.0, 12.0), (20.0, 50.0, 2.0)])
+def test_a_life_is_shortened_but_not_away(lifetime, skew, left):
+    assert shortened(lifetime, skew=skew) == pytest.approx(left)
 
 
 def test_a_connection_without_a_maximum_lives_on():
