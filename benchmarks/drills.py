@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapp
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import asyncpg
 import httpx
@@ -49,12 +49,15 @@ __all__ = [
     "run",
 ]
 
+HostT = TypeVar("HostT")
+
 WORKERS: Final = 20
 CONNECTIONS: Final = 10
 ROLE: Final = "bench_faults"
 _SECRET: Final = "benchmark-secret"  # what the token issuer asks for
 # The only name there is to resolve: loopback by its name, so that no guard asks for TLS.
 _HOST: Final = "localhost"
+_ADDRESS: Final = "127.0.0.1"
 _QUERY: Final = "SELECT pg_sleep(0.01)"
 # Seconds between an answer and the next query of a worker: at least, and at most. Drawn at random, and the same for all
 # contenders, or an outage that keeps all workers waiting would leave them in step.
@@ -67,7 +70,6 @@ _STALL: Final = 1.0
 _GRACE: Final = 2.0
 # A token is refreshed when this share of its life is left.
 _REFRESH_SHARE: Final = 0.2
-_GETADDRINFO: Final = "getaddrinfo"
 # Seconds for which a patient contender goes on trying.
 _PATIENCE: Final = 10.0
 
@@ -468,6 +470,7 @@ class Outcome:
         longest: Seconds that the longest took, from asking for a connection to an answer or an error.
         recovered: Seconds from the end of the fault to the end of the last query that failed or was stalled.
         errors: Types of the errors, and how often each was raised.
+        is_well: Whether the latest queries were answered, as many as there are workers.
     """
 
     queries: int
@@ -476,6 +479,7 @@ class Outcome:
     longest: float
     recovered: float
     errors: Mapping[str, int]
+    is_well: bool
 
     @property
     def lost(self) -> int:
@@ -498,8 +502,6 @@ async def run(
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Outcome]:
     """Run a drill for all contenders at the same time, and return what it was for each.
-
-    The event loop has to be asyncio's: uvloop resolves names by itself.
 
     Args:
         drill: What goes wrong.
@@ -592,6 +594,7 @@ def _outcome(side: _Side) -> Outcome:
         longest=max(query.ended - query.began for query in side.queries),
         recovered=max([0.0, *(query.ended - side.fault_over for query in bad)]),
         errors=Counter(failed),
+        is_well=all(query.error is None for query in side.queries[-WORKERS:]),
     )
 
 
@@ -609,31 +612,49 @@ def _dsn(side: _Side) -> str:
 
 
 class _Resolver:
-    """Resolves names on one event loop, until it is gone.
+    """Resolves the name of the database on one event loop, until it is gone.
 
-    asyncpg, and so ours, resolves through the event loop's ``create_connection``, which asks its ``getaddrinfo``;
-    psycopg asks that itself before it connects. What the database's name is resolved to is loopback in either case;
-    others (issuers are named by address) are none of its business.
+    There is no one place through which all go. asyncpg, and so ours, leaves the name to the event loop's
+    ``create_connection``; psycopg asks its ``getaddrinfo`` before it connects. Both are replaced: asyncio's
+    ``create_connection`` would ask ``getaddrinfo`` too, uvloop's resolves by itself. Other names are left alone; the
+    issuers are named by their address.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.is_gone = False
         self._loop = loop
-        self._original = loop.getaddrinfo
+        self._originals: Mapping[str, Callable[..., Awaitable[Any]]] = {
+            "create_connection": loop.create_connection,
+            "getaddrinfo": loop.getaddrinfo,
+        }
 
     def __enter__(self) -> Self:
-        setattr(self._loop, _GETADDRINFO, self._resolve)
+        setattr(self._loop, "create_connection", self._create_connection)  # noqa: B010 - for mypy a method is no place
+        setattr(self._loop, "getaddrinfo", self._getaddrinfo)  # noqa: B010
         return self
 
     def __exit__(self, *_: object) -> None:
-        setattr(self._loop, _GETADDRINFO, self._original)
+        for name, original in self._originals.items():
+            setattr(self._loop, name, original)
 
-    async def _resolve(self, host: str | bytes | None, port: str | bytes | int | None, **wishes: Any) -> list[Any]:
-        if host == _HOST:
-            if self.is_gone:
-                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-            wishes["family"] = socket.AF_INET
-        return await self._original(host, port, **wishes)
+    async def _create_connection(
+        self, factory: Callable[[], asyncio.BaseProtocol], host: str | None = None, port: int | None = None, **rest: Any
+    ) -> tuple[asyncio.BaseTransport, asyncio.BaseProtocol]:
+        made: tuple[asyncio.BaseTransport, asyncio.BaseProtocol] = await self._originals["create_connection"](
+            factory, self._resolved(host), port, **rest
+        )
+        return made
+
+    async def _getaddrinfo(self, host: str | bytes | None, port: str | bytes | int | None, **rest: Any) -> list[Any]:
+        found: list[Any] = await self._originals["getaddrinfo"](self._resolved(host), port, **rest)
+        return found
+
+    def _resolved(self, host: HostT) -> HostT | str:
+        if host != _HOST:
+            return host
+        if self.is_gone:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return _ADDRESS
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is lost when something goes wrong: ours, plain asyncpg and psycopg_pool, side by side through the same drills."""
+"""What is lost when something goes wrong: ours, asyncpg and psycopg_pool side by side, through the same drills."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _cell(drill: Drill, life: float) -> Cell:
         meaning=f"{drill.title}, with tokens that live for {life:g} s",
         rounds=lambda effort: _rounds(drill, life, effort),
         measure=lambda conditions: _measure(conditions, drill, life),
-        # uvloop resolves names by itself, and would notice nothing of a DNS that is gone.
+        # Hardly anything in here depends on how fast the loop is, and it takes long enough as it is.
         only_loop="asyncio",
     )
 
