@@ -17,6 +17,7 @@ __all__ = [
     "CredentialRefreshed",
     "CredentialRefused",
     "Event",
+    "ExpiredSessionsServed",
     "Observer",
     "RefreshFailed",
     "RefreshTokenExpiring",
@@ -246,6 +247,21 @@ class ConnectionRetired(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpiredSessionsServed(Event):
+    """A pool hands out sessions whose credential has ended, because no replacement can be had; or no longer does.
+
+    Args:
+        connections: How many sessions are past their end; 0: the last of them has been replaced, or closed.
+        since: When the first of them came to its end, as an aware UTC datetime.
+        error: Why they could not be replaced; None if that took too long, or at the end.
+    """
+
+    connections: int
+    since: datetime
+    error: BaseException | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplacementFailed(Event):
     """A background replacement could not connect; the old connection serves on until its own end.
 
@@ -279,6 +295,8 @@ def log_event(event: Event) -> None:
             RefreshFailed()
             | RefreshTokenExpiring()
             | ReplacementFailed()
+            | ExpiredSessionsServed()
+            | ClockSkewDetected()
             | RevocationFailed()
             | ThresholdReduced()
             | CredentialRefused()

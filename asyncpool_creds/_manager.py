@@ -289,6 +289,7 @@ class TokenManager:
         self._answered_at = _NEVER  # when the source last gave a credential, on the monotonic clock
         self._invalidations = 0
         self._invalidated_until = _NEVER  # until then, another invalidation is ignored
+        self._asked_at = _NEVER  # when the source was last asked, on the monotonic clock
         self._skew = 0.0  # seconds by which the server's clock is ahead, as far as its refusals tell
         self._warned_of: tuple[str, ...] = ()
         self._fetches = self._failures = self._rotations = self._generation = 0
@@ -366,7 +367,7 @@ class TokenManager:
             if stamp is not None and self._is_all_there_is(stamp):
                 return stamp
             failure = self._failure
-            if self._flight is not None or failure is None or self._monotonic() >= failure.shared_until:
+            if self._flight is not None or failure is None or not self._is_error_shared(failure):
                 error = await self._land(loop)
                 self._running_loop()  # a close in between is the better explanation
                 failure = self._failure
@@ -503,6 +504,18 @@ class TokenManager:
         return self._background
 
     @property
+    def is_failing(self) -> bool:
+        """Whether nothing valid is held, and the source has just failed or does not answer."""
+        if self._stamp is not None and self._stamp.is_usable(self._clock):
+            return False
+        if self._flight is not None and self._monotonic() - self._asked_at >= _policy.ERROR_CACHE_TTL:
+            return True
+        return self._failure is not None and (self._flight is not None or self._is_error_shared(self._failure))
+
+    def _is_error_shared(self, failure: _Failure) -> bool:
+        return self._monotonic() < failure.shared_until
+
+    @property
     def session_lifetime(self) -> float | None:
         """Seconds after which the server ends any session, as far as the provider knows."""
         return session_lifetime_of(self._provider)
@@ -596,7 +609,7 @@ class TokenManager:
 
     async def _fly(self) -> ProviderError | None:
         self._fetches += 1
-        started = self._monotonic()
+        started = self._asked_at = self._monotonic()
         credential: Credential | None = None
         try:
             # A scope and not a task cancellation: a provider that swallows one is cancelled again. Made in

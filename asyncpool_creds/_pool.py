@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
@@ -22,6 +22,7 @@ from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
 from asyncpool_creds._events import (
+    ClockSkewDetected,
     ConnectionOpened,
     ConnectionRetired,
     CredentialRefreshed,
@@ -34,7 +35,7 @@ from asyncpool_creds._fastpath import FastPath, is_supported, watch, whole_call
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 from asyncpool_creds._queue import SlotQueue
-from asyncpool_creds._rotation import RetireWhen, Rotation, Session
+from asyncpool_creds._rotation import ExpiredSessions, RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
@@ -88,7 +89,7 @@ class ConnectionInfo:
         state: "in_use", "idle", or "closed" for a slot without a connection.
         generation: Of the credential it was opened with; None without credentials, or without a connection.
         age: Seconds since its connect began.
-        seconds_left: Until it is retired whatever happens; None if no end is known.
+        seconds_left: Until its end, when it is replaced at the latest; None if no end is known.
     """
 
     state: Literal["in_use", "idle", "closed"]
@@ -106,6 +107,8 @@ class PoolStats:
         in_use: Connections handed out, or on their way back: being reset.
         idle: Connections at rest.
         spare: Replacements that wait for a busy connection to come back (0 or 1).
+        past_end: Connections that serve past the end of their credential, because no replacement can be had.
+        past_end_since: When the first of them came to its end, as an aware UTC datetime; None if there is none.
         by_generation: Open connections by the generation of their credential.
         opened: Connections opened.
         replaced: Of these, opened in the background to take another's place.
@@ -119,6 +122,8 @@ class PoolStats:
     in_use: int
     idle: int
     spare: int
+    past_end: int
+    past_end_since: datetime | None
     by_generation: Mapping[int, int]
     opened: int
     replaced: int
@@ -140,6 +145,7 @@ class CredentialPool(_Pool[RecordT]):
         *,
         credentials: Credentials | None = None,
         retire_when: RetireWhen = "expired",
+        expired_sessions: ExpiredSessions = "serve",
         max_lifetime: float | timedelta | None = None,
         before_acquire: ConnectionHook | None = None,
         after_release: ConnectionHook | None = None,
@@ -154,13 +160,15 @@ class CredentialPool(_Pool[RecordT]):
         loop: asyncio.AbstractEventLoop | None = None,
         **asyncpg_arguments: Any,  # what asyncpg.create_pool takes, checked by it
     ) -> None:
-        if retire_when not in ("expired", "rotated", "never"):
-            raise ValueError(f'retire_when must be "expired", "rotated" or "never", not {retire_when!r}')
+        _check_choice("retire_when", retire_when, "expired", "rotated", "never")
+        _check_choice("expired_sessions", expired_sessions, "serve", "refuse")
         check_arguments(require_tls, is_refusal)
         for name, hook in (("before_acquire", before_acquire), ("after_release", after_release)):
             if hook is not None and not callable(hook):  # pyright: ignore[reportUnnecessaryComparison]
                 raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
         self._retire_when: RetireWhen = retire_when
+        self._expired_sessions: ExpiredSessions = expired_sessions
+        self._is_refusal = is_refusal
         self._max_lifetime = None if max_lifetime is None else _policy.parse_seconds("max_lifetime", max_lifetime)
         self._per_second = _policy.parse_rate("max_reconnects_per_second", max_reconnects_per_second)
         self._events = Observers(on_event)
@@ -266,11 +274,14 @@ class CredentialPool(_Pool[RecordT]):
         """Return the state and the counters as they stand."""
         connections = tuple(self._describe(slot) for slot in self.slots())
         manager = self.manager
+        past_end, past_end_since = self._rotation.overdue()
         return PoolStats(
             connections=connections,
             in_use=sum(one.state == "in_use" for one in connections),
             idle=sum(one.state == "idle" for one in connections),
             spare=int(self._rotation.has_spare),
+            past_end=past_end,
+            past_end_since=past_end_since,
             by_generation=MappingProxyType(
                 Counter(one.generation for one in connections if one.generation is not None)
             ),
@@ -421,6 +432,7 @@ class CredentialPool(_Pool[RecordT]):
             connection.terminate()
             raise asyncpg.InterfaceError("pool is closing")
         self._opened += 1
+        self._rotation.recovered()
         session = self._sessions.get(connection)
         self._events(
             ConnectionOpened(
@@ -446,7 +458,9 @@ class CredentialPool(_Pool[RecordT]):
             return connection  # asyncpg says what is wrong with it
         if self._fast_path is not None:
             watch(connection)
-        self._sessions[connection] = Session(stamp, opened, epoch, self._max_lifetime)
+        self._sessions[connection] = Session(
+            stamp, opened, epoch, self._max_lifetime, expired_sessions=self._expired_sessions
+        )
         connection.add_termination_listener(lambda _: self._rotation.look())
         return connection
 
@@ -465,9 +479,28 @@ class CredentialPool(_Pool[RecordT]):
         session = self._sessions.get(connection)
         return None if session is None else session.ended(self._clock, self._retire_when, self._rotation.epoch)
 
+    def is_worth_replacing(self, connection: AnyConnection) -> bool:
+        """Return whether `connection` is past the end of its credential, and a better one may be had."""
+        session = self._sessions.get(connection)
+        return session is not None and self._rotation.expects_replacement(session)
+
+    async def wait_for_replacement(self, slot: Slot) -> None:
+        """Wait until the connection of `slot` has been replaced, or until that is given up."""
+        self._waits += 1
+        await self._rotation.wait_for_replacement(slot)
+
+    def is_source_failing(self) -> bool:
+        """Return whether no credential can be had at the moment, as far as is known."""
+        managers = self._managers.values() if self._managers else (self._manager,)
+        return all(manager is not None and manager.is_failing for manager in managers)
+
+    def is_refused(self, error: BaseException) -> bool:
+        """Return whether the error of a connect says that the credential was refused."""
+        return self._is_refusal(error)
+
     def is_making_room(self) -> bool:
-        """Return whether a connection that comes back may have to be closed, so that another can be opened."""
-        return self._rotation.is_making_room
+        """Return whether a connection that comes back may have to be closed, because of one that takes its place."""
+        return self._rotation.is_making_room or self._rotation.has_spare
 
     def claim_on(self, connection: AnyConnection) -> RetireReason | None:
         """Return why `connection`, which comes back, must not go to the next acquirer, or None."""
@@ -539,7 +572,8 @@ class CredentialPool(_Pool[RecordT]):
         return TokenManager(source, on_event=(self._events, self._on_manager_event))
 
     def _on_manager_event(self, event: Event) -> None:
-        if isinstance(event, CredentialRefreshed):
+        if isinstance(event, (CredentialRefreshed, ClockSkewDetected)):
+            self._rotation.recovered()
             self._rotation.look()
 
     # -- small change
@@ -569,7 +603,7 @@ class CredentialPool(_Pool[RecordT]):
             state=state,
             generation=None if session.stamp is None else session.stamp.generation,
             age=self._clock.monotonic() - session.opened,
-            seconds_left=left if left < math.inf else None,
+            seconds_left=max(left, 0.0) if left < math.inf else None,
         )
 
 
@@ -596,6 +630,12 @@ def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Calla
 
 async def _leave_as_it_is(_connection: AnyConnection) -> None:
     """Reset nothing."""
+
+
+def _check_choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        *others, last = (f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
 
 
 def _is_bindable(credentials: Credentials) -> bool:
@@ -631,6 +671,7 @@ def create_pool(
     *,
     credentials: Credentials | None = None,
     retire_when: RetireWhen = "expired",
+    expired_sessions: ExpiredSessions = "serve",
     max_lifetime: float | timedelta | None = None,
     before_acquire: ConnectionHook | None = None,
     after_release: ConnectionHook | None = None,
@@ -665,9 +706,15 @@ def create_pool(
         credentials: A `TokenManager` (shared: the pool never closes it), a provider, or a (possibly
             async) function that returns a `Credential` or a token.
         retire_when: "expired": a connection is replaced between the refresh and the expiry of its
-            credential, and never handed out past expiry (earlier, if the server ends its sessions).
+            credential (earlier, if the server ends its sessions).
             "rotated": replaced as soon as a newer credential has been proven by a connect.
             "never": credentials are injected, and connections left alone.
+        expired_sessions: What becomes of a session past the end of its credential. "serve": it is replaced before
+            it is handed out again, if a newer credential can be had and the server takes it; while the source, or
+            the connect, is failing, it is handed out as it is, since servers check a credential at connect only,
+            and replaced as soon as that ends. Not so where the server ends its sessions with the credential
+            (`Credential.ends_session`), where it was drained, and past `max_lifetime`.
+            "refuse": it is never handed out.
         max_lifetime: Seconds (or a timedelta) after which a connection is retired whatever its
             credential. Its replacement is due up to 5 % earlier, at random.
         before_acquire: Sync or async; called with each connection about to be handed out, after
@@ -717,6 +764,7 @@ def create_pool(
         dsn,
         credentials=credentials,
         retire_when=retire_when,
+        expired_sessions=expired_sessions,
         max_lifetime=max_lifetime,
         before_acquire=before_acquire,
         after_release=after_release,

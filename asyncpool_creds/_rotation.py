@@ -7,6 +7,7 @@ import math
 import random
 import weakref
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Final, Literal, Protocol, TypeAlias
 
 import anyio
@@ -16,13 +17,14 @@ from asyncpool_creds import _policy
 from asyncpool_creds._alarm import Alarm
 from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._connector import AnyConnection
-from asyncpool_creds._events import Observers, ReplacementFailed, RetireReason
+from asyncpool_creds._events import ExpiredSessionsServed, Observers, ReplacementFailed, RetireReason
 from asyncpool_creds._manager import Stamp
 from asyncpool_creds._slots import Calm, Slot
 
-__all__ = ["RetireWhen", "Rotation", "RotationHost", "Session"]
+__all__ = ["ExpiredSessions", "RetireWhen", "Rotation", "RotationHost", "Session"]
 
 RetireWhen: TypeAlias = Literal["expired", "rotated", "never"]
+ExpiredSessions: TypeAlias = Literal["serve", "refuse"]
 
 # A replacement that waits for its place looks at the clocks this often; so long a pause follows a bug.
 _WATCH_INTERVAL: Final = 60.0
@@ -31,6 +33,9 @@ _CLOCK_GRAIN: Final = 0.001
 # A connect that is cancelled while the server's answer about TLS arrives ends in an InvalidStateError in asyncpg's
 # protocol (0.30 to 0.32), for the loop's exception handler; so a close gives a quick one the time to finish.
 _CONNECT_GRACE: Final = 0.5
+# Seconds that an acquire waits for the replacement of a connection past its end, where one may be had. No longer: the
+# server takes the old session, and whoever waits longer pays for somebody else's outage.
+_REPLACEMENT_GRACE: Final = 1.0
 
 
 class Session:
@@ -40,12 +45,24 @@ class Session:
         stamp: Of the credential it was opened with; None in a pool without credentials.
         opened: When its connect began, on the monotonic clock.
         epoch: How often the pool had been drained by then.
+        outlives_credential: Whether it may be served past the end of its credential while nothing better can be had.
     """
 
-    __slots__ = ("_due", "_end", "epoch", "opened", "stamp")
+    __slots__ = ("_due", "_end", "epoch", "opened", "outlives_credential", "stamp")
 
-    def __init__(self, stamp: Stamp | None, opened: float, epoch: int, max_lifetime: float | None) -> None:
+    def __init__(
+        self,
+        stamp: Stamp | None,
+        opened: float,
+        epoch: int,
+        max_lifetime: float | None,
+        *,
+        expired_sessions: ExpiredSessions,
+    ) -> None:
         self.stamp: Stamp | None = stamp
+        self.outlives_credential: bool = (
+            expired_sessions == "serve" and stamp is not None and not stamp.credential.ends_session
+        )
         self.opened: float = opened
         self.epoch: int = epoch
         due, end = _policy.session_deadlines(max_lifetime, chance=random.random())  # noqa: S311 - jitter
@@ -58,9 +75,16 @@ class Session:
             return "drained"
         if clock.monotonic() >= self._end:
             return "max_lifetime"
-        if retire_when != "never" and self.stamp is not None and self.stamp.seconds_left(clock) <= 0:
+        if not self.outlives_credential and self._is_past_credential(clock, retire_when):
             return "expired"
         return None
+
+    def is_overdue(self, clock: Clock, retire_when: RetireWhen) -> bool:
+        """Return whether its credential has ended, and it may be handed out while nothing better can be had."""
+        return self.outlives_credential and self._is_past_credential(clock, retire_when)
+
+    def _is_past_credential(self, clock: Clock, retire_when: RetireWhen) -> bool:
+        return retire_when != "never" and self.stamp is not None and self.stamp.seconds_left(clock) <= 0
 
     def due(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> RetireReason | None:
         """Return why it wants replacing now, or None; it may be handed out until it has ended."""
@@ -69,13 +93,15 @@ class Session:
             return reason
         if clock.monotonic() >= self._due:
             return "max_lifetime"
+        if self.is_overdue(clock, retire_when):
+            return "expired"
         stamp = self.stamp
         if stamp is None or not stamp.is_superseded or retire_when == "never":
             return None
         return "rotated" if retire_when == "rotated" or stamp.seconds_left(clock) < math.inf else None
 
     def seconds_left(self, clock: Clock, retire_when: RetireWhen, epoch: int) -> float:
-        """Return the seconds until it must not be handed out any more; infinity if no end is known."""
+        """Return the seconds until its end, not positive once that has come; infinity if no end is known."""
         if self.epoch != epoch:
             return 0.0
         left = self._end - clock.monotonic()
@@ -119,6 +145,14 @@ class RotationHost(Protocol):
         """Connect again up to the pool's minimum size, where asyncpg keeps one (0.32)."""
         ...
 
+    def is_source_failing(self) -> bool:
+        """Return whether no credential can be had at the moment, as far as is known."""
+        ...
+
+    def is_refused(self, error: BaseException) -> bool:
+        """Return whether the error of a connect says that the credential was refused."""
+        ...
+
 
 class Rotation:
     """Replace what is due, most urgent first: one connector, spread over the time that is left.
@@ -160,7 +194,16 @@ class Rotation:
         self._alarm: Alarm | None = None
         self._task: asyncio.Task[None] | None = None
         self._running = False
+        self._in_background = False
         self._is_opening = False
+        # Sessions past their end are handed out, because an attempt to replace them failed or took too long.
+        self._serves_overdue = False
+        self._overdue_since = utc_now(clock)
+        self._next_try = -math.inf  # of an attempt that only a call begins
+        self._waiting: set[asyncio.Future[None]] = set()  # acquires, for the replacement of what they would get
+        self._pausing: asyncio.Event | None = None
+        self._pauses_after_failure = False
+        self._late_spare: AnyConnection | None = None
         self._has_hooks = has_hooks
         self.calm = Calm(clock)
         self.epoch = 0
@@ -170,14 +213,16 @@ class Rotation:
     # -- what the pool tells it
 
     def start(self, *, in_background: bool) -> None:
-        """Begin to watch the connections, and to replace them unless nothing may happen between calls."""
-        self._running = in_background
+        """Begin to watch the connections, and to replace them: in the background, or on calls only."""
+        self._running, self._in_background = True, in_background
         self.look()
 
     def look(self) -> None:
         """Look again at what is due: a connection was opened, drained or has died, or a credential has rotated."""
         self._tell()
         self._set_calm()
+        self._wake_waiting()
+        self._end_of_overdue()
         if self._task is not None:
             return
         moment = min(
@@ -185,11 +230,10 @@ class Rotation:
             default=math.inf,
         )
         self._stop_alarm()
-        if not self._running:
+        if not self._running or not self._in_background:
             return
         if moment <= 0:
-            self._task = self._loop.create_task(self._run(), name="asyncpool_creds: replace connections")
-            self._task.add_done_callback(self._ran)
+            self._start_task()
         elif moment < math.inf:
             self._wake_in(moment)
 
@@ -209,12 +253,62 @@ class Rotation:
             if spare is not None:
                 self._swap(slot, spare, reason)
 
-    def claims(self, connection: AnyConnection) -> RetireReason | None:
-        """Return why a connection that comes back must be closed for room to be made, or None.
+    def recovered(self) -> None:
+        """Try again at once: there is a newer credential, or the server has taken a connection."""
+        if self._pausing is not None and self._pauses_after_failure:
+            self._pausing.set()
 
-        That is so on a full server while no connection that is due is ever at rest: the one who
-        waits for this slot would have it again before anything else can happen.
+    def expects_replacement(self, session: Session) -> bool:
+        """Return whether a connection past the end of its credential is worth replacing before it is handed out.
+
+        Not while that is known to fail: then it is handed out as it is, and replaced as soon as that ends.
         """
+        if not session.is_overdue(self._clock, self._retire_when):
+            return False
+        if self._serves_overdue:
+            self._attempt_on_call()
+        elif self._host.is_source_failing():
+            self._serve_overdue(None)
+        return not self._serves_overdue
+
+    async def wait_for_replacement(self, slot: Slot) -> None:
+        """Wait until the connection in `slot`, which is past its end, has been replaced, or until that is given up.
+
+        Cancelling this changes nothing for the replacement.
+        """
+        old = slot.connection
+        timer = self._loop.call_later(_REPLACEMENT_GRACE, self._serve_overdue, None)
+        self._stop_alarm()
+        self.look()
+        self._attempt_on_call()
+        if self._pausing is not None:
+            self._pausing.set()
+        try:
+            while self._running and slot.connection is old and not self._serves_overdue:
+                waiter: asyncio.Future[None] = self._loop.create_future()
+                self._waiting.add(waiter)
+                try:
+                    await waiter
+                finally:
+                    self._waiting.discard(waiter)
+        finally:
+            timer.cancel()
+
+    def _attempt_on_call(self) -> None:
+        """Begin an attempt where none begins in the background."""
+        if self._running and not self._in_background and self._task is None and self._loop.time() >= self._next_try:
+            self._start_task()
+
+    def claims(self, connection: AnyConnection) -> RetireReason | None:
+        """Return why a connection that comes back must be closed, although it has not ended, or None.
+
+        That is so if it is past the end of its credential and its replacement stands; and on a full server while no
+        connection that is due is ever at rest: the one who waits for this slot would have it again before anything
+        else can happen.
+        """
+        session = self._host.session_of(connection)
+        if session is not None and session.is_overdue(self._clock, self._retire_when) and self._usable_spare():
+            return "expired"
         reason = self._due(connection) if self.is_making_room else None
         if reason is not None:
             self._make_room(wanted=False)
@@ -232,7 +326,7 @@ class Rotation:
         spare, self._spare = self._spare, None
         if spare is not None:
             self._tell()
-            if spare.is_closed() or self._due(spare) is not None:
+            if not self._is_fit(spare):
                 self._host.close_later(spare)
                 return None
         return spare
@@ -255,13 +349,56 @@ class Rotation:
         """Replace nothing any more, without waiting."""
         self._running = False
         self._stop_alarm()
+        self._wake_waiting()
         if self._task is not None:
             self._task.cancel()
         spare, self._spare = self._spare, None
         if spare is not None:
             self._host.close_later(spare)
 
+    # -- sessions past the end of their credential
+
+    def _overdue(self) -> list[Session]:
+        return [session for _, session in self._sessions() if session.is_overdue(self._clock, self._retire_when)]
+
+    def _serve_overdue(self, error: Exception | None) -> None:
+        """Hand out what is past its end, from now on until all of it has been replaced."""
+        overdue = self._overdue()
+        if self._serves_overdue or not overdue:
+            return
+        self._serves_overdue = True
+        first = min(session.seconds_left(self._clock, self._retire_when, self.epoch) for session in overdue)
+        self._overdue_since = utc_now(self._clock) + timedelta(seconds=first)
+        self._report_overdue(len(overdue), error)
+        self._wake_waiting()
+
+    def _end_of_overdue(self) -> None:
+        if self._serves_overdue and not self._overdue():
+            self._serves_overdue = False
+            self._report_overdue(0, None)
+
+    def _report_overdue(self, connections: int, error: Exception | None) -> None:
+        self._observers(
+            ExpiredSessionsServed(
+                at=utc_now(self._clock), connections=connections, since=self._overdue_since, error=error
+            )
+        )
+
+    def overdue(self) -> tuple[int, datetime | None]:
+        """Return how many sessions are served past their end, and since when."""
+        overdue = len(self._overdue()) if self._serves_overdue else 0
+        return overdue, self._overdue_since if overdue else None
+
+    def _wake_waiting(self) -> None:
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
     # -- the connector
+
+    def _start_task(self) -> None:
+        self._task = self._loop.create_task(self._run(), name="asyncpool_creds: replace connections")
+        self._task.add_done_callback(self._ran)
 
     async def _run(self) -> None:
         ahead = _at_work.get(self._loop, 0)
@@ -269,7 +406,7 @@ class Rotation:
         try:
             if ahead:
                 window = _window(self._pending())
-                await asyncio.sleep(_policy.first_gap(ahead=ahead, window=window, per_second=self._per_second))
+                await self._pause(_policy.first_gap(ahead=ahead, window=window, per_second=self._per_second))
             await self._replace()
         finally:
             _at_work[self._loop] -= 1
@@ -283,9 +420,9 @@ class Rotation:
             try:
                 spare = await (self._open_in_place(pending) if self._one_for_one else self._host.open_replacement())
             except Exception as error:  # noqa: BLE001 - every failure means: the old ones serve on
-                if self._running:
-                    attempt += 1
-                    await self._wait_after(error, attempt, pending)
+                attempt += 1
+                if self._running and not await self._go_on_after(error, attempt, pending):
+                    return
                 continue
             finally:
                 self._is_opening = False
@@ -302,6 +439,8 @@ class Rotation:
             attempt = 0
             self.replaced += 1
             cost = self._loop.time() - started
+            # Superseded before it stood: a connect takes longer than a credential is current. Still the better one.
+            self._late_spare = spare if self._due(spare) == "rotated" else None
             await self._find_a_place(spare)
             gap = _policy.replacement_gap(
                 pending=len(pending),
@@ -311,13 +450,14 @@ class Rotation:
                 per_second=self._per_second,
                 chance=random.random(),  # noqa: S311 - jitter
             )
-            await asyncio.sleep(max(0.0, started + gap - self._loop.time()))
+            await self._pause(started + gap - self._loop.time())
 
     def _ran(self, task: asyncio.Task[None]) -> None:
         self._task = None
         if not self._running:
             return
         if task.cancelled():  # by nobody of ours
+            self._serve_overdue(None)
             self._wake_in(_WATCH_INTERVAL)
             return
         error = task.exception()
@@ -327,6 +467,7 @@ class Rotation:
         else:
             # A bug of ours, or of an init= that raises what is no Exception: be loud, and slow.
             self._loop.call_exception_handler({"message": "replacing connections failed", "exception": error})
+            self._serve_overdue(None)
             self._wake_in(_WATCH_INTERVAL)
 
     async def _open_in_place(self, pending: Sequence[tuple[float, Slot, RetireReason]]) -> AnyConnection | None:
@@ -347,32 +488,45 @@ class Rotation:
             self._promise.set_result(None)
             self._promise = None
 
-    async def _wait_after(
+    async def _go_on_after(
         self, error: Exception, attempt: int, pending: Sequence[tuple[float, Slot, RetireReason]]
-    ) -> None:
+    ) -> bool:
+        """Report a failure, and wait for the next attempt; return False if there is none before the next call."""
         self.failures += 1
-        if isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one:
+        is_full = isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one
+        if is_full:
             self._one_for_one = True
             delay = 1 / self._per_second
         else:
-            remaining = min((left for left, _, _ in pending if left > 0), default=math.inf)
+            remaining: float | None = min((left for left, _, _ in pending if left > 0), default=math.inf)
+            if self._overdue() and not self._host.is_refused(error):
+                remaining = None  # the end of the outage is to be noticed soon
             chance = random.random()  # noqa: S311 - jitter
             delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
+        self._serve_overdue(error)
         code = getattr(error, "sqlstate", None)
         name = type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
         self._observers(ReplacementFailed(at=utc_now(self._clock), error=error, message=name, retry_in=delay))
-        # What has ended serves nobody, and asyncpg 0.32 would keep it open for ever.
-        for left, slot, reason in pending:
-            if left <= 0 and slot.is_at_rest:
+        self._close_ended()
+        self._next_try = self._loop.time() + delay
+        if not self._in_background and not is_full:
+            return False
+        await self._pause(delay, after_failure=True)
+        return True
+
+    def _close_ended(self) -> None:
+        """Close what has ended: it serves nobody, and asyncpg 0.32 would keep it open for ever."""
+        for slot, session in self._sessions():
+            reason = session.ended(self._clock, self._retire_when, self.epoch)
+            if reason is not None and slot.is_at_rest:
                 self._retire(slot.vacate(), reason)
-        await asyncio.sleep(delay)
 
     async def _find_a_place(self, spare: AnyConnection) -> None:
         """Put `spare` where a connection is due, at once or when a busy one comes back; then see the old one gone."""
         self._spare = spare
         while not self._place() and self._spare is spare:
             wanted = self._pending() or self._host.connecting
-            if spare.is_closed() or self._due(spare) is not None or not wanted:
+            if not self._is_fit(spare) or not wanted:
                 self._spare = None
                 self._host.close_later(spare)
                 break
@@ -405,13 +559,20 @@ class Rotation:
 
     def _usable_spare(self) -> AnyConnection | None:
         spare = self._spare
-        return None if spare is None or spare.is_closed() or self._due(spare) is not None else spare
+        return spare if spare is not None and self._is_fit(spare) else None
+
+    def _is_fit(self, spare: AnyConnection) -> bool:
+        """Return whether a replacement is better than what it is to replace."""
+        reason = None if spare.is_closed() else self._due(spare)
+        return not spare.is_closed() and (reason is None or (reason == "rotated" and spare is self._late_spare))
 
     def _swap(self, slot: Slot, spare: AnyConnection, reason: RetireReason) -> None:
         self._spare = None
         old = slot.vacate()
         slot.fill(spare)
         self._closing_old = self._retire(old, reason)
+        self._wake_waiting()
+        self._end_of_overdue()
 
     def _settle(self, spare: AnyConnection, slot: Slot) -> None:
         self._spare = None
@@ -461,7 +622,8 @@ class Rotation:
         pending: list[tuple[float, Slot, RetireReason]] = []
         for slot, session in self._sessions():
             reason = session.due(self._clock, self._retire_when, self.epoch)
-            if reason is not None:
+            # What can be handed out waits for its end where nothing happens between calls.
+            if reason is not None and (self._in_background or reason == "expired"):
                 pending.append((session.seconds_left(self._clock, self._retire_when, self.epoch), slot, reason))
         return sorted(pending, key=lambda one: one[0])
 
@@ -475,6 +637,15 @@ class Rotation:
         with anyio.move_on_after(min(max(seconds, _CLOCK_GRAIN), _WATCH_INTERVAL)):
             await self._news.wait()
         self._news = None
+
+    async def _pause(self, seconds: float, *, after_failure: bool = False) -> None:
+        """Wait for so long; not if an acquire waits, and after a failure only until there is reason to try again."""
+        if seconds <= 0 or (self._waiting and not after_failure):
+            return
+        self._pausing, self._pauses_after_failure = asyncio.Event(), after_failure
+        with anyio.move_on_after(seconds):
+            await self._pausing.wait()
+        self._pausing = None
 
     def _tell(self) -> None:
         if self._news is not None:

@@ -125,8 +125,16 @@ class SlotOwner(Protocol):
         """Return why `connection` must not be handed out any more, or None."""
         ...
 
+    def is_worth_replacing(self, connection: AnyConnection) -> bool:
+        """Return whether `connection` is past the end of its credential, and a better one may be had."""
+        ...
+
+    async def wait_for_replacement(self, slot: Slot) -> None:
+        """Wait until the connection of `slot` has been replaced, or until that is given up."""
+        ...
+
     def is_making_room(self) -> bool:
-        """Return whether a connection that comes back may have to be closed, so that another can be opened."""
+        """Return whether a connection that comes back may have to be closed, because of one that takes its place."""
         ...
 
     def claim_on(self, connection: AnyConnection) -> RetireReason | None:
@@ -261,7 +269,11 @@ class Slot(_Holder):
             or connection.is_closed()
             or (
                 (calm.monotonic() >= calm.until or calm.time() >= calm.until_wall)
-                and (pool.before_acquire is not None or pool.end_of(connection) is not None)
+                and (
+                    pool.before_acquire is not None
+                    or pool.end_of(connection) is not None
+                    or pool.is_worth_replacing(connection)
+                )
             )
         ):
             return None
@@ -281,9 +293,23 @@ class Slot(_Holder):
             if reason is not None:
                 owner.retire(self._con, reason)
                 owner.close_later(self.vacate())
+            elif owner.is_worth_replacing(self._con):
+                return self._acquire_replaced(owner)
+        return self._acquire_as_it_is(owner)
+
+    def _acquire_as_it_is(self, owner: SlotOwner) -> Coroutine[Any, Any, AnyProxy]:
         if owner.before_acquire is None:
             return super().acquire()
         return self._acquire_approved(owner, owner.before_acquire)
+
+    async def _acquire_replaced(self, owner: SlotOwner) -> AnyProxy:
+        await owner.wait_for_replacement(self)
+        if self._con is not None and not self._con.is_closed():
+            reason = owner.end_of(self._con)  # drained meanwhile
+            if reason is not None:
+                owner.retire(self._con, reason)
+                owner.close_later(self.vacate())
+        return await self._acquire_as_it_is(owner)
 
     async def _acquire_approved(self, owner: SlotOwner, hook: ConnectionHook) -> AnyProxy:
         attempts = owner.get_max_size() + 1
@@ -396,6 +422,11 @@ class Slot(_Holder):
                 owner.retire(self._con, reason)
                 owner.close_later(self.vacate())
                 await super().connect()
+            elif owner.is_worth_replacing(self._con):
+                await owner.wait_for_replacement(self)
+                if self._con is None or self._con.is_closed():
+                    self._con = None
+                    await super().connect()
         finally:
             owner.connecting.discard(self)
             owner.connected(self)

@@ -51,7 +51,8 @@ class Issued:
         world.door.verify = self.issuer.verify
         self.door: TokenDoor = world.door
 
-    async def pool(self, **arguments):
+    async def pool(self, *, expired_sessions="refuse", **arguments):
+        """Return a pool that has to have a valid credential, unless it is told to serve on without."""
         self.source = OAuth2(
             token_url=self.issuer.token_url,
             client_id="pool",
@@ -61,7 +62,7 @@ class Issued:
             timeout=PATIENCE,
         )
         manager = self.world.manager(self.source, **arguments)
-        return await self.world.pool(manager, min_size=2, retire_when="expired")
+        return await self.world.pool(manager, min_size=2, retire_when="expired", expired_sessions=expired_sessions)
 
     async def heal(self) -> None:
         await self.issuer.come_up()
@@ -127,6 +128,23 @@ async def test_an_outage_longer_than_the_remaining_life_is_one_typed_error_and_e
     await issued.world.assert_closes(pool)
 
 
+async def test_an_outage_longer_than_the_remaining_life_is_not_felt_where_sessions_are_served_on(issued, outage):
+    pool = await issued.pool(expired_sessions="serve")
+    await outage(issued.issuer)
+    issued.clock.advance(LIFETIME)
+
+    with anyio.fail_after(PATIENCE):
+        assert await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(20))) == [1] * 20
+        assert pool.stats().past_end == 2
+        await issued.heal()
+        issued.clock.advance(61.0)  # longer than a Retry-After is heeded
+        await pool.manager.refresh()
+        await issued.world.until(lambda: pool.stats().by_generation == {2: 2})
+
+    await issued.world.assert_serves(pool)
+    await issued.world.assert_closes(pool)
+
+
 async def test_the_first_fill_with_the_source_down_is_the_typed_error_and_leaves_nothing(issued, outage):
     await outage(issued.issuer)
 
@@ -168,12 +186,12 @@ async def test_a_request_for_patience_is_heeded(issued):
     before = issued.issuer.fetches
     issued.issuer.heal()
 
-    issued.clock.advance(100.0)
+    issued.clock.advance(50.0)
     with pytest.raises(CredentialExpired):
         await pool.fetchval("SELECT 1")
     assert issued.issuer.fetches == before
 
-    issued.clock.advance(21.0)
+    issued.clock.advance(11.0)  # more than a minute is not heeded with nothing valid left
     assert await pool.fetchval("SELECT 1") == 1
     await issued.world.assert_closes(pool)
 

@@ -13,6 +13,7 @@ from asyncpool_creds import (
     CredentialExpired,
     CredentialInvalidated,
     CredentialRefused,
+    CredentialUnavailable,
     ProviderError,
     TokenManager,
     create_pool,
@@ -557,7 +558,7 @@ async def test_a_failing_source_is_asked_once_for_many_waiting_acquires(cloud):
         cloud.provider.play(ProviderError("down"))
         outcomes = await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(20)), return_exceptions=True)
 
-    assert [type(outcome) for outcome in outcomes] == [CredentialExpired] * 20
+    assert [type(outcome) for outcome in outcomes] == [CredentialUnavailable] * 20
     assert (cloud.provider.calls, cloud.door.attempts) == (1, 0)
 
 
@@ -631,8 +632,8 @@ async def test_an_acquire_whose_own_retired_connection_still_fills_the_server_wa
             raise asyncpg.TooManyConnectionsError("sorry, too many clients already")
         return await asyncpg.connect(*arguments, **keywords)
 
-    pool = cloud.pool(credentials=cloud.manager(background=False), max_size=1, connect=connect)
-    async with pool:
+    manager = cloud.manager(background=False)
+    async with cloud.pool(credentials=manager, max_size=1, connect=connect, expired_sessions="refuse") as pool:
         cloud.clock.advance(600)
 
         assert await pool.fetchval("SELECT 1") == 1

@@ -36,7 +36,7 @@ async def test_an_idle_connection_past_its_credentials_end_is_replaced_within_th
 
 
 async def test_a_connection_that_expires_in_use_is_not_interrupted_and_closed_on_release(cloud):
-    async with cloud.pool(credentials=on_demand(cloud), max_size=1) as pool:
+    async with cloud.pool(credentials=on_demand(cloud), max_size=1, expired_sessions="refuse") as pool:
         async with pool.acquire() as connection, connection.transaction():
             old = await connection.fetchval(PID)
             cloud.clock.advance(700)
@@ -65,7 +65,8 @@ async def test_setup_never_sees_a_connection_past_its_end(cloud):
 
 @pytest.mark.parametrize("retire_when", ["expired", "rotated"])
 async def test_an_expired_connection_is_not_handed_out_when_no_new_one_can_be_opened(cloud, retire_when):
-    async with cloud.pool(credentials=on_demand(cloud), max_size=1, retire_when=retire_when) as pool:
+    arguments = {"credentials": on_demand(cloud), "retire_when": retire_when, "expired_sessions": "refuse"}
+    async with cloud.pool(max_size=1, **arguments) as pool:
         await pool.fetchval(PID)
         cloud.clock.advance(700)
         cloud.door.starting_up = True
