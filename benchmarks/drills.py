@@ -110,8 +110,11 @@ class Timing:
 
     @property
     def outage(self) -> float:
-        """Three lives; of tokens that live for minutes, until half a minute after the end of the one in hand."""
-        return self.first_life + 30.0 if self.life > 60 else max(3 * self.life * self.pace, self.first_life + 1.0)
+        """Three lives; of tokens that live for minutes, until half a minute after the end of the one in hand.
+
+        At least two, because the one in hand may just have been refreshed.
+        """
+        return self.first_life + 30.0 if self.life > 60 else max(3 * self.life * self.pace, 2 * self.life)
 
 
 @dataclass(slots=True)
@@ -470,7 +473,7 @@ class Outcome:
         longest: Seconds that the longest took, from asking for a connection to an answer or an error.
         recovered: Seconds from the end of the fault to the end of the last query that failed or was stalled.
         errors: Types of the errors, and how often each was raised.
-        is_well: Whether the latest queries were answered, as many as there are workers.
+        is_well: Whether the latest queries were answered (or in flight), as many as there are workers.
     """
 
     queries: int
@@ -594,7 +597,7 @@ def _outcome(side: _Side) -> Outcome:
         longest=max(query.ended - query.began for query in side.queries),
         recovered=max([0.0, *(query.ended - side.fault_over for query in bad)]),
         errors=Counter(failed),
-        is_well=all(query.error is None for query in side.queries[-WORKERS:]),
+        is_well=all(query.error is None or query.in_flight for query in side.queries[-WORKERS:]),
     )
 
 
