@@ -1,7 +1,7 @@
 """An asyncpg pool whose password never goes stale."""
 
 from asyncpool_creds._clock import Clock
-from asyncpool_creds._connector import is_refusal
+from asyncpool_creds._connect_errors import is_refusal
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import (
     CredentialError,

@@ -2,59 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeAlias
 
 import asyncpg
 
 from asyncpool_creds._clock import utc_now
+from asyncpool_creds._connect_errors import reached_authentication
 from asyncpool_creds._errors import CredentialError, InsecureTransport
 from asyncpool_creds._events import CredentialRefused, Observers
 from asyncpool_creds._manager import Stamp, TokenManager
 from asyncpool_creds._provider import Target
-from asyncpool_creds._target import Route, forbid_password, read_route, require_tls, routing_arguments
+from asyncpool_creds._target import (
+    RequireTls,
+    Route,
+    ambient_passwords,
+    forbid_password,
+    is_local,
+    names_user,
+    read_route,
+    require_tls,
+    routing_arguments,
+)
 from asyncpool_creds._tls import TlsContext
 from asyncpool_creds._tracebacks import clear_frames
 
-__all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments", "is_refusal"]
+__all__ = ["AnyConnection", "ConnectFunction", "Connector", "check_arguments"]
 
 AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
 ConnectFunction: TypeAlias = Callable[..., Coroutine[Any, Any, AnyConnection]]
 
-# 28000 (invalid_authorization_specification) also covers refusals that no new token mends.
-_NOT_THE_CREDENTIAL: Final = (
-    "no pg_hba.conf entry",
-    "pg_hba.conf rejects",
-    "is not permitted to log in",
-    "requires a valid client certificate",
-    "certificate authentication failed",
-    "ident authentication failed",
-    "peer authentication failed",
+_logger = logging.getLogger("asyncpool_creds")
+
+_TWO_REFUSED: Final = (
+    "; it was fetched because the one before it was refused: compare the role, and the token's issuer, audience and "
+    "user claim, with what the server expects"
 )
-# PgBouncer and Cloud SQL's managed pooling report authentication as a protocol violation (08P01).
-_POOLER_REFUSALS: Final = ("SASL authentication failed", "PAM authentication failed", "password authentication failed")
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Return whether `error` says that the server refused the credential itself.
-
-    That is SQLSTATE 28P01; 28000, unless its text names a cause that no new credential
-    mends (pg_hba.conf, a role without LOGIN, a client certificate); and 08P01 with the
-    texts of PgBouncer and Cloud SQL's managed pooling. asyncpg's default ``ssl=prefer``
-    may hide the refusal behind that of its second try, so the cause is looked at too.
-    """
-    text = str(error)
-    match error:
-        case asyncpg.InvalidPasswordError():
-            return True
-        case asyncpg.InvalidAuthorizationSpecificationError() if not any(s in text for s in _NOT_THE_CREDENTIAL):
-            return True
-        case asyncpg.ProtocolViolationError() if any(s in text for s in _POOLER_REFUSALS):
-            return True
-        case _:
-            # Not the context too: that may be an older refusal, which the caller is just handling.
-            return error.__cause__ is not None and is_refusal(error.__cause__)
 
 
 def check_arguments(require_tls: object, is_refusal: object) -> None:
@@ -62,10 +48,10 @@ def check_arguments(require_tls: object, is_refusal: object) -> None:
 
     Raises:
         TypeError: `is_refusal` is no function.
-        ValueError: `require_tls` is neither None nor a bool.
+        ValueError: `require_tls` is neither None, nor a bool, nor "verified".
     """
-    if require_tls is not None and not isinstance(require_tls, bool):
-        raise ValueError(f"require_tls must be None, True or False, not {require_tls!r}")
+    if require_tls is not None and not isinstance(require_tls, bool) and require_tls != "verified":
+        raise ValueError(f'require_tls must be None, True, False or "verified", not {require_tls!r}')
     if not callable(is_refusal):
         raise TypeError(f"is_refusal must be a function that takes an exception, not {type(is_refusal).__name__}")
 
@@ -77,7 +63,17 @@ class ManagerOf(Protocol):
 
 
 class Connector:
-    """Opens connections with the current credential of the manager that is responsible for the host."""
+    """Opens connections with the current credential of the manager that is responsible for the host.
+
+    Args:
+        connect: The user's own; None: asyncpg's.
+        manager_of: Finds the manager.
+        one_manager_per_host: Whether each host gets a credential of its own.
+        require_tls: The guard: see `create_pool`.
+        is_refusal: Decides whether the error of a connect is a refused credential.
+        observers: Hear of refusals.
+        told: What has been logged as a warning already, so that it is not again.
+    """
 
     def __init__(
         self,
@@ -85,22 +81,26 @@ class Connector:
         *,
         manager_of: ManagerOf,
         one_manager_per_host: bool,
-        require_tls: bool | None,
+        require_tls: RequireTls,
         is_refusal: Callable[[BaseException], bool],
         observers: Observers,
+        told: set[tuple[str, ...]] | None = None,
     ) -> None:
         self._connect: ConnectFunction = connect or asyncpg.connect
         self._is_custom = connect is not None
         self._manager_of = manager_of
         self._one_manager_per_host = one_manager_per_host
-        self._require_tls = require_tls
+        self._require_tls: RequireTls = require_tls
         self._is_refusal = is_refusal
         self._observers = observers
         self._tls = TlsContext()
         self._read: tuple[str | None, dict[str, object], Route, bool] | None = None
+        self._told = set[tuple[str, ...]]() if told is None else told
+        self._accepted: weakref.WeakSet[Stamp] = weakref.WeakSet()
+        self._refused_when_new: weakref.WeakSet[Stamp] = weakref.WeakSet()
 
     def route(self, dsn: str | None, arguments: dict[str, object]) -> tuple[Route, bool]:
-        """Return the route of these arguments, and whether TLS has to be forced on it.
+        """Return the route of these arguments, and whether TLS has to be forced on it: its `tls` counts that in.
 
         Read once for as long as the arguments stay the same: reading builds an SSLContext.
         """
@@ -113,8 +113,12 @@ class Connector:
                 if not self._is_custom:
                     raise
                 # A connect= of the user's own may read its arguments in its own way; then so is its transport.
-                route = Route((Target(dsn or "", 0, None, None),), "required", "any")
-            self._read = dsn, routing, route, require_tls(route, self._require_tls)
+                route = Route((Target(dsn or "", 0, None, None),), "unknown", "any")
+            force_tls = require_tls(route, self._require_tls)
+            if force_tls:
+                route = read_route(dsn, {**routing, "ssl": "require"})
+            self._read = dsn, routing, route, force_tls
+            self._warn_of(dsn, routing, route)
         return self._read[2], self._read[3]
 
     async def open(self, dsn: str | None, arguments: dict[str, object]) -> tuple[AnyConnection, Stamp]:
@@ -122,14 +126,25 @@ class Connector:
         route, force_tls = self.route(dsn, arguments)
         if force_tls:
             arguments = {**arguments, "ssl": "require"}
-        if not self._is_custom and (force_tls or route.tls == "required"):
+        if not self._is_custom and route.left_out:
+            hosts, ports = zip(*((target.host, target.port) for target in route.targets), strict=True)
+            arguments = {**arguments, "host": list(hosts), "port": list(ports)}
+        if not self._is_custom and route.is_encrypted:
             context = self._tls.of(dsn, routing_arguments(arguments))
             if context is not None:
                 arguments = {**arguments, "ssl": context}
         several = len(route.targets) > 1
-        if self._one_manager_per_host and several:
-            return await self._open_first_fitting(dsn, arguments, route, force_tls=force_tls)
-        return await self._open_at(self._manager_of(route.targets[0]), dsn, arguments, force_tls=force_tls)
+        try:
+            if self._one_manager_per_host and several:
+                return await self._open_first_fitting(dsn, arguments, route, force_tls=force_tls)
+            return await self._open_at(self._manager_of(route.targets[0]), dsn, arguments, force_tls=force_tls)
+        except OSError as error:
+            if route.left_out:
+                error.add_note(
+                    f"asyncpool_creds: no socket in {' or '.join(route.left_out)} was tried, since anybody on this "
+                    "host can put one there, and get the credential; to use one, name the directory in host="
+                )
+            raise
 
     def _is_refused(self, error: Exception) -> bool:
         if self._is_refusal(error):
@@ -165,23 +180,28 @@ class Connector:
         # The stamp is the one whose secret is used: a rotation during the handshake leaves it behind.
         stamp = await manager.stamp()
         try:
-            return await self._connect_with(stamp, dsn, arguments, force_tls=force_tls), stamp
+            return await self._connect_with(manager, stamp, dsn, arguments, force_tls=force_tls), stamp
         except Exception as error:
             if not self._is_refused(error):
-                error.add_note(_note(manager, stamp, ""))
+                error.add_note(_note(manager, stamp, error))
                 raise
+            left = stamp.seconds_left(manager.clock)
             newer = await self._ask_for_newer(manager, stamp, error)
             if newer is None:
                 raise
         try:
-            return await self._connect_with(newer, dsn, arguments, force_tls=force_tls), newer
+            connection = await self._connect_with(manager, newer, dsn, arguments, force_tls=force_tls)
         except Exception as error:
             outcome = ""
             if self._is_refused(error):
-                outcome = "; it was fetched because the one before it was refused, so look at the role, not the token"
+                self._refused_when_new.add(newer)
+                outcome = _TWO_REFUSED
                 self._report(manager, newer, error, retrying=False)
-            error.add_note(_note(manager, newer, outcome))
+            error.add_note(_note(manager, newer, error, outcome))
             raise
+        manager.learn_skew(stamp, left)
+        self._warn_of_unknown_lifetime(manager, stamp)
+        return connection, newer
 
     async def _ask_for_newer(self, manager: TokenManager, stamp: Stamp, refusal: Exception) -> Stamp | None:
         manager.invalidate(stamp.credential)
@@ -189,19 +209,24 @@ class Connector:
         try:
             newer = await manager.stamp()
         except CredentialError as error:
-            refusal.add_note(_note(manager, stamp, f"; the server refused it and no new one is to be had: {error}"))
+            outcome = f"; the server refused it and no new one is to be had: {error}"
+            refusal.add_note(_note(manager, stamp, refusal, outcome))
         else:
             if newer.generation == stamp.generation:
                 newer = None
-                refusal.add_note(_note(manager, stamp, "; the server refused it, and no newer one is to be had"))
+                # Of one that was refused when it was new, the source is not asked at each connect for another.
+                again = stamp in self._refused_when_new
+                outcome = _TWO_REFUSED if again else "; the server refused it, and no newer one is to be had"
+                refusal.add_note(_note(manager, stamp, refusal, outcome))
         self._report(manager, stamp, refusal, retrying=newer is not None)
         return newer
 
     async def _connect_with(
-        self, stamp: Stamp, dsn: str | None, arguments: dict[str, object], *, force_tls: bool
+        self, manager: TokenManager, stamp: Stamp, dsn: str | None, arguments: dict[str, object], *, force_tls: bool
     ) -> AnyConnection:
         credential = stamp.credential
         if credential.user is not None:
+            self._warn_of_overruled_user(manager, credential.user, dsn, arguments)
             arguments = {**arguments, "user": credential.user}
         stamp.hold()
         outside = sys.exception()
@@ -218,6 +243,7 @@ class Connector:
                 ) from error
             raise
         if isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
+            self._accepted.add(stamp)
             connection.add_termination_listener(lambda _: stamp.let_go())
         else:
             stamp.let_go()  # asyncpg says what is wrong with it
@@ -236,9 +262,55 @@ class Connector:
             )
         )
 
+    # -- what is told once
 
-def _note(manager: TokenManager, stamp: Stamp, outcome: str) -> str:
+    def _warn_of(self, dsn: str | None, routing: dict[str, object], route: Route) -> None:
+        remote = [target.host for target in route.targets if not is_local(target.host)]
+        if remote and route.tls == "unverified" and self._require_tls is not False:
+            self._warn(
+                ("unverified", remote[0]),
+                f"{remote[0]!r}: TLS, but the server is not verified: use sslmode=verify-full, with sslrootcert= naming"
+                " the authority that issued its certificate, or whoever answers in its place gets the credential",
+            )
+        for name in ambient_passwords(dsn, routing):
+            self._warn(
+                ("ambient", name), f"{name} is set, and not used: credentials= comes first; unset what is not needed"
+            )
+
+    def _warn_of_overruled_user(
+        self, manager: TokenManager, user: str, dsn: str | None, arguments: dict[str, object]
+    ) -> None:
+        stated = None if self._read is None else self._read[2].targets[0].user
+        topic = ("user", str(stated))
+        if stated not in (None, user) and topic not in self._told and names_user(dsn, arguments):
+            self._warn(
+                topic,
+                f"the user {stated!r} of the connection arguments is not used: the credential of {manager.name} comes "
+                f"with the user {user!r}",
+            )
+
+    def _warn_of_unknown_lifetime(self, manager: TokenManager, refused: Stamp) -> None:
+        """Tell what to do, where a credential that served was refused, and the next one was not."""
+        if refused in self._accepted and refused.expires_at is None:
+            age = (utc_now(manager.clock) - refused.obtained_at).total_seconds()
+            self._warn(
+                ("lifetime", manager.name),
+                f"a credential of {manager.name} that states no expiry served, was refused {age:.0f} s after it was "
+                "fetched, and the next one was accepted; if each has a lifetime, state it, so that it is replaced in "
+                "time: credentials=TokenManager(..., default_lifetime=SECONDS)",
+            )
+
+    def _warn(self, topic: tuple[str, ...], sentence: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            _logger.warning("%s", sentence)
+
+
+def _note(manager: TokenManager, stamp: Stamp, error: Exception, outcome: str = "") -> str:
+    # What the server said before it asked for a password, or did not say, is nothing about the credential.
+    connected = outcome or reached_authentication(error)
     return (
-        f"asyncpool_creds: connected with credential {stamp.credential.fingerprint} of {manager.name}, "
+        f"asyncpool_creds: {'connected with credential' if connected else 'not connected; the credential to use was'} "
+        f"{stamp.credential.fingerprint} of {manager.name}, "
         f"generation {stamp.generation}, obtained at {stamp.obtained_at:%Y-%m-%d %H:%M:%S} UTC{outcome}"
     )

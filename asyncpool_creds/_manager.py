@@ -491,7 +491,7 @@ class TokenManager:
                 self._arm()
         if is_news:
             expires_at = refused.credential.expires_at
-            life = 0.0 if expires_at is None else expires_at.timestamp() - refused._wall
+            life = 0.0 if expires_at is None else (expires_at - refused.obtained_at).total_seconds()
             self._emit(ClockSkewDetected(at=utc_now(self._clock), provider=self._name, skew=skew, lifetime=life))
 
     def subscribe(self, callback: Observer) -> Callable[[], None]:

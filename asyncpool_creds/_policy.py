@@ -20,6 +20,7 @@ __all__ = [
     "parse_rate",
     "parse_seconds",
     "plausible_skew",
+    "reconnect_delay",
     "replacement_gap",
     "retry_delay",
     "same_secret_delay",
@@ -63,6 +64,8 @@ LARGEST_SKEW: Final = 60.0
 # azure-identity's floor between two attempts that yield the same token.
 SAME_SECRET_FLOOR: Final = 30.0
 LIFETIME_JITTER: Final = 0.05
+RECONNECT_BASE: Final = 0.05
+RECONNECT_CAP: Final = 1.0
 # The gap after a background connect, in its own durations: of a hundred callers, one can meet it.
 COURTESY: Final = 99
 # Seconds; a slow server takes long for a connect, but not the loop's time.
@@ -198,6 +201,14 @@ def error_cache_ttl(*, retry_after: float | None) -> float:
     return (
         ERROR_CACHE_TTL if retry_after is None else max(ERROR_CACHE_TTL, min(retry_after, UNAVAILABLE_RETRY_AFTER_CAP))
     )
+
+
+def reconnect_delay(attempt: int, *, chance: float) -> float:
+    """Return the seconds to wait after the `attempt`-th connect in a row that failed while callers wait for one.
+
+    Short, because they feel it: from 50 ms, doubling up to a second, of which up to half is left to chance.
+    """
+    return min(RECONNECT_CAP, RECONNECT_BASE * 2.0 ** min(attempt - 1, 16)) * (0.5 + chance / 2)
 
 
 def same_secret_delay(*, remaining: float | None, hint: float | None = None) -> float:

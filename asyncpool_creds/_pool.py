@@ -20,7 +20,9 @@ from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments, is_refusal
+from asyncpool_creds._connect_errors import is_passing, is_refusal
+from asyncpool_creds._connect_line import ConnectLine
+from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments
 from asyncpool_creds._events import (
     ClockSkewDetected,
     ConnectionOpened,
@@ -32,11 +34,13 @@ from asyncpool_creds._events import (
     RetireReason,
 )
 from asyncpool_creds._fastpath import FastPath, is_supported, watch, whole_call
+from asyncpool_creds._keywords import check_keywords
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
 from asyncpool_creds._provider import BindableProvider, CredentialFunction, CredentialProvider, Target
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import ExpiredSessions, RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
+from asyncpool_creds._target import RequireTls
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
         _closing: bool
         _queue: Any
         _initializing: bool
+        _initialized: bool
 
         def _check_init(self) -> None: ...
         async def _initialize(self) -> None: ...
@@ -146,11 +151,12 @@ class CredentialPool(_Pool[RecordT]):
         credentials: Credentials | None = None,
         retire_when: RetireWhen = "expired",
         expired_sessions: ExpiredSessions = "serve",
+        connect_patience: float | timedelta = 0.0,
         max_lifetime: float | timedelta | None = None,
         before_acquire: ConnectionHook | None = None,
         after_release: ConnectionHook | None = None,
         max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
-        require_tls: bool | None = None,
+        require_tls: RequireTls = None,
         wait_for_reset: bool = False,
         fair: bool = True,
         fast_path: bool = True,
@@ -163,6 +169,8 @@ class CredentialPool(_Pool[RecordT]):
         _check_choice("retire_when", retire_when, "expired", "rotated", "never")
         _check_choice("expired_sessions", expired_sessions, "serve", "refuse")
         check_arguments(require_tls, is_refusal)
+        for_asyncpg = asyncpg_arguments.keys() - _asyncpg_defaults().keys()
+        check_keywords(create_pool, for_asyncpg, connect=connect, with_credentials=credentials is not None)
         for name, hook in (("before_acquire", before_acquire), ("after_release", after_release)):
             if hook is not None and not callable(hook):  # pyright: ignore[reportUnnecessaryComparison]
                 raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
@@ -170,27 +178,18 @@ class CredentialPool(_Pool[RecordT]):
         self._expired_sessions: ExpiredSessions = expired_sessions
         self._is_refusal = is_refusal
         self._max_lifetime = None if max_lifetime is None else _policy.parse_seconds("max_lifetime", max_lifetime)
+        patience = _policy.parse_seconds("connect_patience", connect_patience, zero=True)
         self._per_second = _policy.parse_rate("max_reconnects_per_second", max_reconnects_per_second)
         self._events = Observers(on_event)
         self.before_acquire = before_acquire
         self.after_release = after_release
 
         arguments: dict[str, Any] = {**_asyncpg_defaults(), **asyncpg_arguments, "loop": loop, "connect": self._open}
-        reset: object = arguments["reset"]
-        resets = reset is not False
-        if resets and reset is not None and not callable(reset):
-            raise TypeError(
-                f"reset must be a coroutine function that takes a connection, None for asyncpg's reset, or False "
-                f"for none; not {reset!r}"
-            )
-        if not resets:
-            arguments["reset"] = _leave_as_it_is
-        for name in ("init", "setup"):
-            if arguments[name] is not None:
-                arguments[name] = _hanging_up_on_cancellation(arguments[name])
+        resets = _prepare_hooks(arguments)
         super().__init__(dsn, **arguments)
 
         self._slot_queue = SlotQueue(fair=fair)
+        self._connect_line = ConnectLine(self._loop, patience=patience, passes=is_passing)
         # With a reset= of the user's own, too, which is for asyncpg to call.
         self._checks_out_itself = fast_path and is_supported()
         self._fast_path: FastPath | None = None
@@ -315,6 +314,21 @@ class CredentialPool(_Pool[RecordT]):
 
     # -- asyncpg's own methods, with what credentials add to them
 
+    def set_connect_args(self, dsn: str | None = None, **connect_kwargs: Any) -> None:
+        """Set the arguments of every connect from now on, as asyncpg's does.
+
+        Raises:
+            TypeError: A keyword is one that no connect will take.
+        """
+        check_keywords(
+            self.set_connect_args,
+            connect_kwargs,
+            connect=self._user_connect,
+            with_credentials=self._connector is not None,
+            elsewhere=(create_pool,),
+        )
+        super().set_connect_args(dsn, **connect_kwargs)
+
     async def expire_connections(self) -> None:
         """Expire all open connections: each is replaced before it would be handed out again.
 
@@ -333,6 +347,7 @@ class CredentialPool(_Pool[RecordT]):
             return
         if self._initializing:
             self._check_init()  # which raises, before anything is undone
+        self._connect_line.close()
         try:
             try:
                 await self._rotation.stop()
@@ -351,6 +366,7 @@ class CredentialPool(_Pool[RecordT]):
         if self._is_inherited:
             return
         super().terminate()
+        self._connect_line.close()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
             connection.terminate()
@@ -419,20 +435,17 @@ class CredentialPool(_Pool[RecordT]):
 
     async def _new_connection(self, *, replacement: bool) -> AnyConnection:
         started = self._clock.monotonic()
-        try:
-            connection = await super()._get_new_connection()
-        except asyncpg.TooManyConnectionsError:
-            if not self._closings:
-                raise
-            # It may be our own retired connections, on their way out, that fill the server.
-            await asyncio.wait(tuple(self._closings))
-            connection = await super()._get_new_connection()
+        if replacement or not self._initialized or self._is_maintaining_floor():
+            connection = await self._connect_once()
+        else:
+            connection = await self._connect_line.open(self._connect_once)
         if self.is_closing():
             # asyncpg 0.30 and 0.31 do not look again; nobody would ever close it.
             connection.terminate()
             raise asyncpg.InterfaceError("pool is closing")
         self._opened += 1
         self._rotation.recovered()
+        self._connect_line.recovered()
         session = self._sessions.get(connection)
         self._events(
             ConnectionOpened(
@@ -443,6 +456,16 @@ class CredentialPool(_Pool[RecordT]):
             )
         )
         return connection
+
+    async def _connect_once(self) -> AnyConnection:
+        try:
+            return await super()._get_new_connection()
+        except asyncpg.TooManyConnectionsError:
+            if not self._closings:
+                raise
+            # It may be our own retired connections, on their way out, that fill the server.
+            await asyncio.wait(tuple(self._closings))
+            return await super()._get_new_connection()
 
     async def _open(self, *arguments: Any, **keywords: Any) -> AnyConnection:
         """Connect: what asyncpg calls for every physical connection."""
@@ -539,8 +562,10 @@ class CredentialPool(_Pool[RecordT]):
 
     def about_to_connect(self) -> None:
         """Count an acquire that has to wait for a connect: no replacement stands ready."""
-        for_the_floor = asyncio.current_task() is getattr(self, "_maintenance_task", None)  # asyncpg 0.32
-        self._waits += not (for_the_floor or self._rotation.has_spare)
+        self._waits += not (self._is_maintaining_floor() or self._rotation.has_spare)
+
+    def _is_maintaining_floor(self) -> bool:
+        return asyncio.current_task() is getattr(self, "_maintenance_task", None)  # asyncpg 0.32
 
     def connected(self, slot: Slot) -> None:  # noqa: ARG002 - all are looked at
         """`slot` has a new connection, or has failed to get one."""
@@ -611,6 +636,22 @@ for _name in ("execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetch
     setattr(CredentialPool, _name, whole_call(_name))
 
 
+def _prepare_hooks(arguments: dict[str, Any]) -> bool:
+    """Put what the pool makes of ``reset``, ``init`` and ``setup`` into `arguments`; return whether it resets."""
+    reset: object = arguments["reset"]
+    if reset is not False and reset is not None and not callable(reset):
+        raise TypeError(
+            f"reset must be a coroutine function that takes a connection, None for asyncpg's reset, or False "
+            f"for none; not {reset!r}"
+        )
+    if reset is False:
+        arguments["reset"] = _leave_as_it_is
+    for name in ("init", "setup"):
+        if arguments[name] is not None:
+            arguments[name] = _hanging_up_on_cancellation(arguments[name])
+    return reset is not False
+
+
 def _hanging_up_on_cancellation(hook: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
     """Return `hook`, with the connection terminated at once if it is cancelled.
 
@@ -661,7 +702,8 @@ def _asyncpg_defaults() -> dict[str, Any]:
     """Return the defaults of the installed asyncpg's create_pool: `asyncpg.Pool` itself has none."""
     return {
         name: parameter.default
-        for name, parameter in inspect.signature(asyncpg.create_pool).parameters.items()
+        # Of the module: `asyncpg.create_pool` may be replaced by a tracer's, or by ours.
+        for name, parameter in inspect.signature(asyncpg.pool.create_pool).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
@@ -672,11 +714,12 @@ def create_pool(
     credentials: Credentials | None = None,
     retire_when: RetireWhen = "expired",
     expired_sessions: ExpiredSessions = "serve",
+    connect_patience: float | timedelta = 0.0,
     max_lifetime: float | timedelta | None = None,
     before_acquire: ConnectionHook | None = None,
     after_release: ConnectionHook | None = None,
     max_reconnects_per_second: float = DEFAULT_RECONNECTS_PER_SECOND,
-    require_tls: bool | None = None,
+    require_tls: RequireTls = None,
     wait_for_reset: bool = False,
     fair: bool = True,
     fast_path: bool = True,
@@ -703,8 +746,8 @@ def create_pool(
 
     Args:
         dsn: As for asyncpg; without a password, if `credentials` are given.
-        credentials: A `TokenManager` (shared: the pool never closes it), a provider, or a (possibly
-            async) function that returns a `Credential` or a token.
+        credentials: A `TokenManager` (shared: the pool never closes it), a provider, or a function that
+            returns a `Credential` or a token. One that is not async is called in a thread, since it may block.
         retire_when: "expired": a connection is replaced between the refresh and the expiry of its
             credential (earlier, if the server ends its sessions).
             "rotated": replaced as soon as a newer credential has been proven by a connect.
@@ -715,6 +758,11 @@ def create_pool(
             and replaced as soon as that ends. Not so where the server ends its sessions with the credential
             (`Credential.ends_session`), where it was drained, and past `max_lifetime`.
             "refuse": it is never handed out.
+        connect_patience: Seconds (or a timedelta) for which an acquire that has to connect goes on trying, where
+            connects fail in a way that passes: refused, reset, timed out, a name that is not found, a server that is
+            starting (57P03) or full (53300). One attempt at a time is made for all who wait, and they are served in
+            order. Then the last error is raised. A deadline of the caller's own ends it sooner. 0: the first error is
+            raised, as in asyncpg.
         max_lifetime: Seconds (or a timedelta) after which a connection is retired whatever its
             credential. Its replacement is due up to 5 % earlier, at random.
         before_acquire: Sync or async; called with each connection about to be handed out, after
@@ -723,8 +771,9 @@ def create_pool(
             False retires it. An exception does too, and reaches the one who releases.
         max_reconnects_per_second: Cap on background replacement connects.
         require_tls: None: a credential leaves for a host that is neither a Unix socket nor loopback
-            under TLS only; asyncpg's default ``sslmode=prefer`` then means ``require``. True: the
-            same for every host. False: no guard.
+            under TLS only; asyncpg's default ``sslmode=prefer`` then means ``require``, and a warning says if the
+            server is not verified. "verified": such a host must be verified as well (``sslmode=verify-full``).
+            True: TLS on the way to every host. False: no guard. See docs/security.md.
         wait_for_reset: False: a release is done when the reset of the session is on its way, and the connection
             goes to the next one when the server has acknowledged it. True: a release waits for that,
             as asyncpg's does; for those who rely on session locks being gone when it returns.
@@ -749,15 +798,16 @@ def create_pool(
         loop: As for asyncpg.
         connection_class: As for asyncpg.
         record_class: As for asyncpg.
-        **connect_kwargs: As for asyncpg.
+        **connect_kwargs: As for asyncpg; checked now, and not by the first connect.
 
     Raises:
-        TypeError: An argument has the wrong type.
+        TypeError: An argument has the wrong type, or a keyword is one that neither this function nor
+            `asyncpg.connect` takes (nor `connect`, where it says what it takes).
         ValueError: An argument has an impossible value, or there is a password beside the credentials.
         InsecureTransport: The arguments would send a credential to a remote host without TLS.
     """
     if init_size is not None:
-        if "init_size" not in inspect.signature(asyncpg.create_pool).parameters:
+        if "init_size" not in _asyncpg_defaults():
             raise TypeError(f"init_size needs asyncpg 0.32 or later; {asyncpg.__version__} is installed")
         connect_kwargs["init_size"] = init_size
     return CredentialPool(
@@ -765,6 +815,7 @@ def create_pool(
         credentials=credentials,
         retire_when=retire_when,
         expired_sessions=expired_sessions,
+        connect_patience=connect_patience,
         max_lifetime=max_lifetime,
         before_acquire=before_acquire,
         after_release=after_release,
@@ -790,11 +841,15 @@ def create_pool(
     )
 
 
+# A program may open a connection for each request, and reads a warning once.
+_told_by_connect: Final = set[tuple[str, ...]]()
+
+
 async def connect(
     dsn: str | None = None,
     *,
     credentials: Credentials | None = None,
-    require_tls: bool | None = None,
+    require_tls: RequireTls = None,
     is_refusal: Callable[[BaseException], bool] = is_refusal,
     on_event: Observer | Iterable[Observer] | None = None,
     **connect_kwargs: Any,  # what asyncpg.connect takes, checked by it
@@ -804,11 +859,13 @@ async def connect(
     A manager that is handed in stays open. A provider is asked once and closed again.
 
     Raises:
+        TypeError: A keyword is neither an argument of this function nor of `asyncpg.connect`.
         CredentialExpired: The source gave nothing.
         InsecureTransport: A credential would have left for a remote host without TLS.
         ValueError: There is a password beside the credentials.
     """
     check_arguments(require_tls, is_refusal)
+    check_keywords(connect, connect_kwargs, with_credentials=credentials is not None, elsewhere=(create_pool,))
     if credentials is None:
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain
@@ -830,6 +887,7 @@ async def connect(
         require_tls=require_tls,
         is_refusal=is_refusal,
         observers=events,
+        told=_told_by_connect,
     )
     try:
         connection, _ = await connector.open(dsn, connect_kwargs)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, CredentialExpired, ProviderError
 from asyncpool_creds._events import Observer
+from asyncpool_creds._threads import BlockingCalls, TooManyCallsHang
 from asyncpool_creds._tracebacks import clear_frames, place_of
 
 __all__ = [
@@ -30,7 +32,13 @@ __all__ = [
     "session_lifetime_of",
 ]
 
+_Answer: TypeAlias = "Credential | str | Awaitable[Credential | str]"
 CredentialFunction: TypeAlias = Callable[[], "Credential | str | Awaitable[Credential | str]"]
+
+# What asyncio and anyio say where no event loop runs.
+_WANTS_A_LOOP: Final = re.compile(
+    "no (running|current) event loop|running on any asynchronous event loop|not in async context|AnyIO worker thread"
+)
 
 
 @runtime_checkable
@@ -92,13 +100,18 @@ class BindableProvider(Protocol):
 
 
 class FunctionProvider:
-    """A function that returns a credential or a token, as a provider."""
+    """A function that returns a credential or a token, as a provider.
 
-    __slots__ = ("_clock", "_function")
+    What is not async is called in a thread, because it may block. If it returns something to await, that is awaited on
+    the event loop.
+    """
+
+    __slots__ = ("_calls", "_clock", "_function")
 
     def __init__(self, function: CredentialFunction, clock: Clock) -> None:
         self._function = function
         self._clock = clock
+        self._calls = None if _is_async(function) else BlockingCalls(function, name=f"call {self.name}")
 
     @property
     def name(self) -> str:
@@ -106,12 +119,36 @@ class FunctionProvider:
 
     async def fetch(self) -> Credential:
         requested_at = utc_now(self._clock)
-        answer = self._function()
+        answer = self._function() if self._calls is None else await self._call_in_thread(self._calls)
         if inspect.isawaitable(answer):
             answer = await answer
         if isinstance(answer, str):
             return Credential.from_token(answer, requested_at=requested_at)
         return answer
+
+    async def _call_in_thread(self, calls: BlockingCalls[_Answer]) -> _Answer:
+        try:
+            return await calls.call()
+        except TooManyCallsHang as error:
+            raise ProviderError(
+                f"{self.name}: {error}, so it is not called again until one does; "
+                "give what it waits for a time limit of its own"
+            ) from None
+        except RuntimeError as error:
+            if _WANTS_A_LOOP.search(str(error)) is None:
+                raise
+            raise ProviderError(
+                f"{self.name}: it asked for the event loop, but what is not 'async def' is called in a thread, where "
+                "none runs; make it 'async def'",
+                retryable=False,
+            ) from error
+
+
+def _is_async(function: CredentialFunction) -> bool:
+    """Return whether `function`, or what it wraps, is a coroutine function, which belongs on the event loop."""
+    return any(
+        inspect.iscoroutinefunction(one) for one in (function, inspect.unwrap(function), type(function).__call__)
+    )
 
 
 def as_provider(source: CredentialProvider | CredentialFunction, clock: Clock) -> CredentialProvider:

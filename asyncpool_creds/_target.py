@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import ipaddress
+import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from asyncpg import connect_utils
@@ -15,12 +17,32 @@ from asyncpg import connect_utils
 from asyncpool_creds._errors import InsecureTransport
 from asyncpool_creds._provider import Target
 
-__all__ = ["Route", "forbid_password", "read_route", "read_tls_context", "require_tls", "routing_arguments"]
+__all__ = [
+    "RequireTls",
+    "Route",
+    "TlsLevel",
+    "ambient_passwords",
+    "forbid_password",
+    "is_local",
+    "names_user",
+    "read_route",
+    "read_tls_context",
+    "require_tls",
+    "routing_arguments",
+]
+
+RequireTls: TypeAlias = "bool | Literal['verified'] | None"
+TlsLevel: TypeAlias = Literal["verified", "authority", "unverified", "preferred", "disabled", "unknown"]
 
 # asyncpg's own reading of DSN, arguments, PG* variables and service files; there is no public
 # one, and a second parser would sooner or later disagree with it about where a secret goes.
 _parse: Final[Any] = getattr(connect_utils, "_parse_connect_dsn_and_args")  # noqa: B009 - the stubs leave it out
 _PARSED: Final = frozenset(inspect.signature(_parse).parameters)
+
+_LOOPBACK_6: Final = ipaddress.IPv6Address("::1")  # without a zone, which would be part of the comparison
+
+# Among the directories in which asyncpg looks for a socket by itself; anybody on the host can put one there.
+_SHARED_DIRECTORIES: Final = ("/tmp", "/private/tmp")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +51,40 @@ class Route:
 
     Args:
         targets: The hosts, in the order in which they are tried.
-        tls: "required", "preferred" (plain text if the server has no TLS) or "disabled".
+        tls: What is on the way to a host: "verified" (its certificate and its name are checked), "authority" (the
+            certificate is, the name is not: ``verify-ca``), "unverified" (encrypted, to whoever answers), "preferred"
+            (the same, or plain text if the server has no TLS), "disabled", or "unknown" where a `connect` of the
+            user's own reads its arguments in its own way.
         session_attribute: The kind of server that is wanted (libpq's ``target_session_attrs``).
+        left_out: Directories in which asyncpg would look for a socket by itself, and anybody could have put one.
     """
 
     targets: tuple[Target, ...]
-    tls: str
+    tls: TlsLevel
     session_attribute: str
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether there is TLS on the way to every host that is reached by TCP."""
+        return self.tls in ("verified", "authority", "unverified")
+
+    @property
+    def transport(self) -> str:
+        """What is on the way, in words."""
+        if all(_is_socket(target.host) for target in self.targets):
+            return "Unix socket"
+        return _IN_WORDS[self.tls]
+
+
+_IN_WORDS: Final[Mapping[TlsLevel, str]] = {
+    "verified": "TLS, server verified",
+    "authority": "TLS, server's certificate verified but not its name",
+    "unverified": "TLS, server not verified",
+    "preferred": "TLS if the server has it, server not verified",
+    "disabled": "no TLS",
+    "unknown": "as connect= decides",
+}
 
 
 def routing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
@@ -50,11 +99,12 @@ def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
         asyncpg.ClientConfigurationError: As asyncpg.connect does.
     """
     addresses, parameters = _read(dsn, arguments)
-    # asyncpg 0.30 and 0.31 say "disable" where they are given an SSLContext.
-    disabled = "required" if parameters.ssl else "disabled"
-    tls = {"disable": disabled, "allow": "preferred", "prefer": "preferred"}.get(parameters.sslmode.name, "required")
     targets = tuple(_target(address, parameters.user, parameters.database) for address in addresses)
-    return Route(targets, tls, parameters.target_session_attrs.value)
+    left_out: tuple[str, ...] = ()
+    if len(targets) > 1 and not _names_host(dsn, arguments):
+        left_out = tuple(target.host for target in targets if target.host in _SHARED_DIRECTORIES)
+        targets = tuple(target for target in targets if target.host not in left_out)
+    return Route(targets, _tls_level(parameters), parameters.target_session_attrs.value, left_out)
 
 
 def read_tls_context(dsn: str | None, arguments: Mapping[str, object]) -> ssl.SSLContext | None:
@@ -86,23 +136,50 @@ def _target(address: str | tuple[str, int], user: str | None, database: str | No
     return Target(address[0], int(address[1]), user, database)
 
 
-def require_tls(route: Route, setting: bool | None) -> bool:
+def _tls_level(parameters: Any) -> TlsLevel:
+    if parameters.sslmode.name in ("allow", "prefer"):
+        return "preferred"
+    # asyncpg 0.30 and 0.31 say "disable" where they are given an SSLContext.
+    context = parameters.ssl
+    if not isinstance(context, ssl.SSLContext):
+        return "disabled"
+    # With a root.crt in its place, asyncpg and libpq check the certificate under sslmode=require, too.
+    if context.verify_mode != ssl.CERT_REQUIRED:
+        return "unverified"
+    return "verified" if context.check_hostname else "authority"
+
+
+def require_tls(route: Route, setting: RequireTls) -> bool:
     """Return whether TLS has to be forced for a credential to travel `route`.
 
     Raises:
-        InsecureTransport: The arguments forbid TLS on a route that needs it.
+        InsecureTransport: The arguments forbid TLS on a route that needs it, or do not verify a server that has to be.
     """
     if setting is False:
         return False
-    exposed = [target.host for target in route.targets if setting or not _is_local(target.host)]
+    exposed = [target.host for target in route.targets if setting is True or not is_local(target.host)]
     if not exposed:
         return False
+    if setting == "verified" and route.tls != "verified":
+        raise InsecureTransport(
+            f'refusing to send a credential to {exposed[0]!r}: require_tls="verified", and {_UNVERIFIED[route.tls]}; '
+            "use sslmode=verify-full, with sslrootcert= naming the authority that issued its certificate"
+        )
     if route.tls == "disabled" or any(_is_socket(host) for host in exposed):
         raise InsecureTransport(
             f"refusing to send a credential to {exposed[0]!r} without TLS; "
-            "use sslmode=verify-full (or require), or pass require_tls=False if the network is trusted"
+            "use sslmode=verify-full, or pass require_tls=False if the network is trusted"
         )
     return route.tls == "preferred"
+
+
+_UNVERIFIED: Final[Mapping[TlsLevel, str]] = {
+    "authority": "the certificate of the server would be verified, but not that it is for this host",
+    "unverified": "the server would not be verified",
+    "preferred": "the server would not be verified",
+    "disabled": "there would be no TLS",
+    "unknown": "connect= decides by itself how it gets there",
+}
 
 
 def forbid_password(dsn: str | None, arguments: Mapping[str, object]) -> None:
@@ -120,14 +197,50 @@ def forbid_password(dsn: str | None, arguments: Mapping[str, object]) -> None:
         raise ValueError("the DSN carries a password and credentials= is given; remove the one in the DSN")
 
 
+def ambient_passwords(dsn: str | None, arguments: Mapping[str, object]) -> list[str]:
+    """Return what else would give asyncpg a password, and is not used: variables, and password files that exist."""
+    found = ["PGPASSWORD"] if os.environ.get("PGPASSWORD") else []
+    stated = arguments.get("passfile") or next(iter(parse_qs(urlsplit(dsn or "").query).get("passfile", ())), None)
+    name, path = ("passfile", stated) if stated else ("PGPASSFILE", os.environ.get("PGPASSFILE"))
+    if path and Path(str(path)).is_file():
+        found.append(name)
+    return found
+
+
+def names_user(dsn: str | None, arguments: Mapping[str, object]) -> bool:
+    """Return whether the user is stated, and not just that of the operating system."""
+    parts = urlsplit(dsn or "")
+    return bool(
+        arguments.get("user") or parts.username or "user" in parse_qs(parts.query) or os.environ.get("PGUSER"),
+    )
+
+
+def _names_host(dsn: str | None, arguments: Mapping[str, object]) -> bool:
+    parts = urlsplit(dsn or "")
+    return bool(
+        arguments.get("host")
+        or parts.netloc.rpartition("@")[2]
+        or any(parse_qs(parts.query).get("host", ()))
+        or os.environ.get("PGHOST")
+    )
+
+
 def _is_socket(host: str) -> bool:
     return host.startswith("/")
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Return whether `host` is a Unix socket, or certain to be this machine's loopback.
+
+    That is ``localhost``, 127.0.0.0/8 in four decimal parts, and ``::1``. Whatever else may lead there (a zone, another
+    spelling, an IPv4 address in an IPv6 one) is for a resolver to interpret, so it counts as another machine.
+    """
     if _is_socket(host) or host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_loopback
+    return address == _LOOPBACK_6

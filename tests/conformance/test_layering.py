@@ -16,12 +16,13 @@ PACKAGE = Path(asyncpool_creds.__file__).parent
 
 # Each may import what stands before it.
 CORE = [
-    *("_errors", "_tracebacks", "_clock", "_alarm", "_fork"),
+    *("_errors", "_tracebacks", "_clock", "_alarm", "_fork", "_threads"),
     *("_expiry", "_credential", "_policy", "_events", "_provider"),
-    *("_manager", "_managers"),
-    *("_target", "_tls", "_connector", "_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
+    *("_manager", "_managers", "_keywords"),
+    *("_target", "_tls", "_connect_errors", "_connector", "_connect_line"),
+    *("_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
 ]
-WITH_ASYNCPG = {"_target", "_tls", "_connector", "_slots", "_queue", "_fastpath", "_rotation", "_pool"}
+WITH_ASYNCPG = set(CORE[CORE.index("_keywords") :]) - {"_handoff"}
 WITH_ASYNCPG_PRIVATES = {"_slots", "_fastpath", "_pool"}
 FOR_PROVIDERS = {"_credential", "_expiry", "_errors", "_tracebacks", "_clock", "_events", "_provider", "storage"}
 # What several sources have in common; each may import what stands before it, and every source all of them.

@@ -271,10 +271,12 @@ def test_botocore_a_token_that_has_expired_already_is_an_error(clock):
 
 def test_discord_access_a_manager_from_another_event_loop_is_a_clear_error(clock):
     manager = manage(ScriptedProvider(600.0, clock=clock, prefix=secret()), clock)
-    clock.run(_get(manager))
+    own = clock.new_event_loop()
+    own.run_until_complete(_get(manager))
 
     with pytest.raises(RuntimeError, match="event loop"):
         clock.run(_get(manager))
+    own.close()
 
 
 async def _get(manager):

@@ -1,6 +1,7 @@
 """Which credential a connect uses, and what happens when the server refuses it."""
 
 import asyncio
+import contextlib
 import inspect
 import socket
 
@@ -371,8 +372,140 @@ async def test_a_wrong_role_is_tried_twice_and_then_the_servers_own_error_is_rai
     assert type(refusal.value) is REFUSAL
     assert (cloud.presented, cloud.provider.calls) == ([1, 2], 2)
     (note,) = refusal.value.__notes__
-    assert "look at the role" in note
+    assert note.startswith("asyncpool_creds: connected with credential ")
+    assert note.endswith(
+        "compare the role, and the token's issuer, audience and user claim, with what the server expects"
+    )
     assert [event.retrying for event in cloud.observer.of(CredentialRefused)] == [True, False]
+
+
+async def test_the_advice_for_a_wrong_role_stays_while_no_other_credential_is_fetched(cloud):
+    cloud.refuses_all = True
+    async with cloud.pool(min_size=0) as pool:
+        for _ in range(2):
+            with pytest.raises(REFUSAL) as refusal:
+                await pool.fetchval("SELECT 1")
+
+    assert cloud.provider.calls == 2
+    assert "compare the role" in refusal.value.__notes__[0]
+
+
+@pytest.mark.parametrize("fault", ["refused", "starting up", "name", "full"])
+async def test_a_connect_that_came_to_no_login_is_not_noted_as_one(cloud, closed_port, fault):
+    dsn = cloud.dsn()
+    match fault:
+        case "refused":
+            dsn = dsn.replace(f":{cloud.door.port}", f":{closed_port}")
+        case "starting up":
+            cloud.door.starting_up = True
+        case "name":
+            dsn = f"postgresql://app@database.invalid:{closed_port}/postgres?sslmode=require"
+        case _:
+            cloud.door.refuse_with("53300", "sorry, too many clients already")
+    async with cloud.pool(dsn=dsn, min_size=0) as pool:
+        with pytest.raises((OSError, asyncpg.PostgresError)) as failure:
+            await pool.fetchval("SELECT 1")
+
+    (note,) = failure.value.__notes__
+    assert note.startswith("asyncpool_creds: not connected; the credential to use was ")
+    assert cloud.provider.credentials[0].fingerprint in note
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "text"),
+    [
+        ("28000", "The IAM authentication failed because of too many competing requests."),
+        ("28P01", "Rate of connection to proxy exceeded 200."),
+        ("08P01", "server login has been failing, cached error: password authentication failed for user app"),
+    ],
+)
+async def test_an_overloaded_server_costs_no_new_credential(cloud, sqlstate, text):
+    cloud.door.refuse_with(sqlstate, text)
+    async with cloud.pool(min_size=0) as pool:
+        with pytest.raises(asyncpg.PostgresError, match=text[:20]):
+            await pool.fetchval("SELECT 1")
+
+    assert (cloud.door.attempts, cloud.provider.calls) == (1, 1)
+    assert cloud.observer.of(CredentialRefused) == cloud.observer.of(CredentialInvalidated) == []
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_a_token_of_unknown_life_that_is_refused_in_time_hints_at_default_lifetime(cloud, caplog):
+    cloud.provider.play(*(Credential(secret(str(number))) for number in range(3)))
+    async with cloud.pool(max_size=1) as pool:
+        for number in (1, 2):
+            cloud.clock.advance(30)
+            cloud.refused.add(number)
+            await pool.expire_connections()
+            assert await pool.fetchval("SELECT 1") == 1
+
+    (told,) = warnings_in(caplog)
+    assert "ScriptedProvider" in told
+    assert "refused 30 s after it was fetched" in told
+    assert "TokenManager(..., default_lifetime=SECONDS)" in told
+
+
+@pytest.mark.parametrize("case", ["states its expiry", "never served", "role refused"])
+async def test_another_refusal_hints_at_no_default_lifetime(cloud, caplog, case):
+    if case != "states its expiry":
+        cloud.provider.play(*(Credential(secret(str(number))) for number in range(3)))
+    async with cloud.pool(min_size=0, max_size=1) as pool:
+        if case != "never served":
+            assert await pool.fetchval("SELECT 1") == 1
+            await pool.expire_connections()
+        cloud.refused.add(1)
+        cloud.refuses_all = case == "role refused"
+        with contextlib.suppress(REFUSAL):
+            await pool.fetchval("SELECT 1")
+
+    assert cloud.provider.calls == 2
+    assert warnings_in(caplog) == []
+
+
+async def test_a_password_in_the_environment_is_told_once(cloud, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("PGPASSWORD", secret("environment"))
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
+    (tmp_path / "pgpass").write_text(secret("file"))
+
+    async with cloud.pool() as pool:
+        await pool.expire_connections()
+        assert await pool.fetchval("SELECT 1") == 1
+
+    one, another = warnings_in(caplog)
+    assert one.startswith("PGPASSWORD is set, and not used: credentials= comes first")
+    assert another.startswith("PGPASSFILE is set, and not used")
+
+
+async def test_a_password_in_the_environment_is_no_matter_without_credentials(cloud, monkeypatch, caplog):
+    monkeypatch.setenv("PGPASSWORD", "x")
+
+    create_pool(cloud.dsn(), min_size=0)
+
+    assert warnings_in(caplog) == []
+
+
+async def test_a_user_that_the_source_overrules_is_told_once(cloud, caplog):
+    cloud.provider.play(Credential(secret(), user="reporter"))
+    async with cloud.pool(max_size=2) as pool:
+        assert await pool.fetchval("SELECT current_user") == "reporter"
+
+    (told,) = warnings_in(caplog)
+    assert told == (
+        "the user 'app' of the connection arguments is not used: the credential of ScriptedProvider comes with the user "
+        "'reporter'"
+    )
+
+
+@pytest.mark.parametrize("user", ["app", ""])
+async def test_a_user_that_the_source_confirms_or_is_left_to_is_not_worth_a_word(cloud, caplog, user):
+    cloud.provider.play(Credential(secret(), user="app"))
+    async with cloud.pool(dsn=cloud.dsn().replace("app@", f"{user}@" if user else ""), max_size=1) as pool:
+        assert await pool.fetchval("SELECT current_user") == "app"
+
+    assert warnings_in(caplog) == []
 
 
 async def test_a_wrong_role_makes_neither_a_loop_of_fetches_nor_of_logins(cloud):

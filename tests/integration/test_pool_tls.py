@@ -200,6 +200,97 @@ async def test_a_refused_port_is_no_matter_of_the_guard():
             )
 
 
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+UNVERIFIED = f"{REMOTE!r}: TLS, but the server is not verified: use sslmode=verify-full"
+
+
+@pytest.mark.parametrize("query", ["?sslmode=require", ""])
+async def test_a_remote_server_that_is_not_verified_is_told_once(tls_cloud, caplog, query):
+    dsn = f"postgresql://app@{REMOTE}:{tls_cloud.door.port}/postgres{query}"
+    async with tls_cloud.pool(dsn=dsn) as pool:
+        await pool.expire_connections()
+        assert await pool.fetchval("SELECT 1") == 1
+
+    (told,) = warnings_in(caplog)
+    assert told.startswith(UNVERIFIED)
+
+
+async def test_many_single_connections_to_a_server_that_is_not_verified_are_told_once(tls_cloud, caplog):
+    dsn = f"postgresql://app@0x7f000001:{tls_cloud.door.port}/postgres?sslmode=require"
+    for _ in range(2):
+        connection = await connect(dsn, credentials=tls_cloud.manager())
+        await connection.close()
+
+    (told,) = warnings_in(caplog)
+    assert "'0x7f000001': TLS, but the server is not verified" in told
+
+
+@pytest.mark.parametrize(
+    ("host", "keywords"),
+    [
+        (REMOTE, {"ssl": True}),
+        (REMOTE, {"ssl": ssl.create_default_context()}),
+        (REMOTE, {"ssl": "require", "require_tls": False}),
+        ("127.0.0.1", {"ssl": "require"}),
+        ("localhost", {}),
+    ],
+)
+async def test_a_server_that_is_verified_trusted_or_local_is_not_worth_a_word(listener, caplog, host, keywords):
+    opening(listener, host=host, **keywords)
+
+    assert warnings_in(caplog) == []
+
+
+@pytest.mark.parametrize("query", ["", "?sslmode=prefer", "?sslmode=require", "?sslmode=disable"])
+async def test_a_server_that_has_to_be_verified_gets_nothing_before_it_is(listener, query):
+    with pytest.raises(InsecureTransport, match='require_tls="verified"'):
+        opening(listener, query, require_tls="verified")
+    with pytest.raises(InsecureTransport, match='require_tls="verified"'):
+        await connect(
+            f"postgresql://app@{REMOTE}:{listener.port}/postgres{query}", credentials=provide, require_tls="verified"
+        )
+
+    assert (listener.connections, listener.received) == (0, b"")
+
+
+async def test_a_zone_does_not_make_loopback_of_another_machine(listener):
+    with pytest.raises(InsecureTransport, match=r"'127\.0\.0\.1%\.evil'"):
+        create_pool("postgresql://app@127.0.0.1%25.evil/postgres?sslmode=disable", credentials=provide)
+    with pytest.raises(InsecureTransport, match=r"'127\.0\.0\.1%\.evil'"):
+        create_pool(host="127.0.0.1%.evil", port=listener.port, user="app", ssl=False, credentials=provide)
+
+
+async def test_no_credential_goes_to_a_socket_that_anybody_could_have_put_there(monkeypatch, listener):
+    tried = []
+
+    async def record(_dsn, **keywords):
+        tried.append((keywords["host"], keywords["port"]))
+        raise ConnectionRefusedError
+
+    monkeypatch.delenv("PGHOST", raising=False)
+    monkeypatch.setattr("asyncpg.connect", record)
+
+    with pytest.raises(ConnectionRefusedError) as refused:
+        await connect(port=listener.port, user="app", credentials=provide)
+
+    assert tried == [(["/run/postgresql", "/var/run/postgresql", "localhost"], [listener.port] * 3)]
+    assert "no socket in /tmp or /private/tmp was tried" in refused.value.__notes__[-1]
+
+
+async def test_without_a_host_the_local_server_is_found_as_ever(cloud, monkeypatch):
+    monkeypatch.delenv("PGHOST", raising=False)
+
+    connection = await connect(
+        port=cloud.door.port, user="app", database="postgres", credentials=cloud.manager(), timeout=10
+    )
+
+    assert await connection.fetchval("SELECT 1") == 1
+    await connection.close()
+
+
 async def test_all_connections_of_a_pool_share_a_context(tls_cloud, monkeypatch):
     made = []
     read = _target.read_tls_context

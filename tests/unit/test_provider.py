@@ -72,9 +72,17 @@ class _WithMethod:
         (_WithMethod().token, Credential(secret())),
         (lambda: CREDENTIAL, CREDENTIAL),
         (functools.partial(Credential, secret(), user="app"), CREDENTIAL),
-        (lambda: asyncio.ensure_future(_returns_text_later()), Credential(secret())),
+        (lambda: _returns_text_later(), Credential(secret())),  # noqa: PLW0108 - no coroutine function, but gives a coroutine
+        (functools.partial(_CallableLater()), CREDENTIAL),
+        (
+            functools.wraps(_returns_text_later)(lambda: asyncio.ensure_future(_returns_text_later())),
+            Credential(secret()),
+        ),
     ],
-    ids=["sync text", "sync", "async text", "async", "object", "async object", "method", "lambda", "partial", "future"],
+    ids=[
+        *("sync text", "sync", "async text", "async", "object", "async object", "method", "lambda", "partial"),
+        *("coroutine", "partial of an async object", "wrapped coroutine function"),
+    ],
 )
 async def test_any_function_is_a_provider(function, credential, clock):
     provider = as_provider(function, clock)

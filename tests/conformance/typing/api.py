@@ -228,7 +228,7 @@ async def pools() -> None:
     takes_any_pool(awaited)
     await awaited.close()
 
-    one = await connect("postgresql://app@db/app", credentials=provider, require_tls=None, timeout=5)
+    one = await connect("postgresql://app@db/app", credentials=provider, require_tls="verified", timeout=5)
     await one.close()
 
 
