@@ -223,7 +223,7 @@ class _OurReplica:
         epoch, opened = self._rotation.epoch, self._world.clock.monotonic()
         stamp = await self._manager.stamp()
         await self._world.server.ask(cause)
-        return cast("AnyConnection", _Connection(Session(stamp, opened, epoch, None), self))
+        return cast("AnyConnection", _Connection(Session(stamp, opened, epoch, None, expired_sessions="refuse"), self))
 
     async def _fetch(self) -> Credential:
         cause: Cause = "rotation" if self._fetched else "first fill"
@@ -257,6 +257,12 @@ class _OurReplica:
 
     def restore_floor(self) -> None:
         """Do nothing: the pool is never below its size."""
+
+    def is_source_failing(self) -> bool:
+        return self._manager.is_failing
+
+    def is_refused(self, error: BaseException) -> bool:  # noqa: ARG002 - the protocol's
+        return False
 
 
 class _NaiveReplica:

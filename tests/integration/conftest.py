@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -56,6 +57,7 @@ class Cloud:
             first the provider gave out; 0 for what it never did.
         refused: Tokens that are refused although the source gave them out, by number.
         refuses_all: Whether every token is refused.
+        ahead: Seconds by which the clock of the door is ahead.
     """
 
     def __init__(self, server: PostgresServer, clock: VirtualClock, observer: RecordingObserver, *, tls: bool) -> None:
@@ -67,6 +69,7 @@ class Cloud:
         self.presented: list[int] = []
         self.refused: set[int] = set()
         self.refuses_all = False
+        self.ahead = 0.0
         self._managers: list[TokenManager] = []
 
     def _verify(self, user: str, password: str) -> str | None:
@@ -78,7 +81,9 @@ class Cloud:
         if self.refuses_all or number in self.refused:
             return "refused because the test says so"
         credential = issued[number - 1]
-        if credential.expires_at is not None and credential.expires_at <= self.clock.now():
+        if credential.expires_at is not None and credential.expires_at <= self.clock.now() + timedelta(
+            seconds=self.ahead
+        ):
             return "expired"
         return None if credential.user in (None, user) else "somebody else's"
 

@@ -10,6 +10,7 @@ import pytest
 from support import assert_no_secret, secret
 
 from asyncpool_creds import (
+    ClockSkewDetected,
     Credential,
     CredentialExpired,
     CredentialInvalidated,
@@ -693,6 +694,39 @@ async def test_a_failing_source_is_asked_once_for_many_waiting_acquires(cloud):
 
     assert [type(outcome) for outcome in outcomes] == [CredentialUnavailable] * 20
     assert (cloud.provider.calls, cloud.door.attempts) == (1, 0)
+
+
+# A server whose clock is ahead.
+
+
+async def test_a_refusal_teaches_how_far_the_clock_of_the_server_is_ahead(cloud):
+    cloud.provider.play(20)
+    cloud.ahead = 10.0
+    async with cloud.pool(min_size=0, max_size=1) as pool:
+        for _ in range(20):
+            connection = await pool.acquire()
+            await connection.close()
+            await pool.release(connection)
+            cloud.clock.advance(3)
+
+    (skew,) = cloud.observer.of(ClockSkewDetected)
+    assert 0 < skew.skew <= 10
+    assert skew.lifetime == pytest.approx(20)
+    # Each refusal has the one before it shortened by; then there are none.
+    assert len(cloud.observer.of(CredentialRefused)) <= 2
+    assert len(cloud.presented) - 20 <= 2
+
+
+async def test_a_credential_that_is_revoked_is_no_sign_of_a_skew(cloud):
+    async with cloud.pool(min_size=0, max_size=1) as pool:
+        await pool.fetchval("SELECT 1")
+        cloud.refused.add(1)
+        cloud.door.kill_connections()
+        await cloud.until(lambda: pool.get_size() == 0)
+        assert await pool.fetchval("SELECT 1") == 1
+
+        assert cloud.observer.of(ClockSkewDetected) == []
+        assert pool.manager.stats().seconds_left == pytest.approx(600)
 
 
 # What a source may have beside fetch.

@@ -10,14 +10,14 @@ from asyncpool_creds._rotation import Session
 
 
 def test_without_a_credential_or_a_lifetime_it_never_ends(clock):
-    session = Session(None, clock.monotonic(), epoch=0, max_lifetime=None)
+    session = Session(None, clock.monotonic(), epoch=0, max_lifetime=None, expired_sessions="serve")
 
     assert session.seconds_left(clock, "expired", 0) == session.seconds_until_due(clock, "expired", 0) == math.inf
     assert session.due(clock, "expired", 0) is None
 
 
 def test_its_replacement_is_due_before_its_end(clock):
-    session = Session(None, clock.monotonic(), epoch=0, max_lifetime=1000.0)
+    session = Session(None, clock.monotonic(), epoch=0, max_lifetime=1000.0, expired_sessions="serve")
     left = session.seconds_left(clock, "expired", 0)
 
     assert 975 <= left <= 1000
@@ -29,7 +29,7 @@ def test_its_replacement_is_due_before_its_end(clock):
 
 
 def test_one_from_before_a_drain_has_no_time_left(clock):
-    session = Session(None, clock.monotonic(), epoch=0, max_lifetime=1000.0)
+    session = Session(None, clock.monotonic(), epoch=0, max_lifetime=1000.0, expired_sessions="serve")
 
     assert session.ended(clock, "expired", 1) == "drained"
     assert session.seconds_left(clock, "expired", 1) == session.seconds_until_due(clock, "expired", 1) == 0.0
