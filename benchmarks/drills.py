@@ -279,6 +279,7 @@ class Drill:
         cuts: Whether a proxy cuts an idle connection every second. Without that, a pool whose connections all stand
             notices nothing of what becomes of connects.
         concerns_source: Whether its consequences come as late as the end of the token in hand.
+        fails_connects: Whether connects fail meanwhile. Who needs one then is lost, and who needs one is chance.
     """
 
     name: str
@@ -286,6 +287,7 @@ class Drill:
     faults: tuple[Fault, ...]
     cuts: bool = True
     concerns_source: bool = False
+    fails_connects: bool = False
 
     def watched(self, timing: Timing) -> float:
         """Return how many seconds are watched after the fault."""
@@ -306,20 +308,25 @@ DRILLS: Final[Sequence[Drill]] = (
     ),
     Drill(name="403", title="one 403", faults=(_SAYS_403,), concerns_source=True),
     Drill(name="429", title="one 429 with `Retry-After: 120`", faults=(_SAYS_429,), concerns_source=True),
-    Drill(name="restart", title="database restarted", faults=(_RESTARTED,), cuts=False),
-    Drill(name="57p03", title="57P03 for 6 s", faults=(_STARTING_UP,), cuts=False),
+    Drill(name="restart", title="database restarted", faults=(_RESTARTED,), cuts=False, fails_connects=True),
+    Drill(name="57p03", title="57P03 for 6 s", faults=(_STARTING_UP,), cuts=False, fails_connects=True),
     Drill(name="slow", title="connects 2 s slow", faults=(_SLOW_CONNECTS,)),
-    Drill(name="clock", title="server clock 10 s ahead", faults=(_CLOCK_AHEAD,)),
-    Drill(name="dns", title="DNS gone for 8 s", faults=(_NO_NAMES,)),
+    Drill(name="clock", title="server clock 10 s ahead", faults=(_CLOCK_AHEAD,), fails_connects=True),
+    Drill(name="dns", title="DNS gone for 8 s", faults=(_NO_NAMES,), fails_connects=True),
     Drill(
         name="two-issuer-restart",
         title="issuer down for three lives, and database restarted 6 s before its end",
         faults=(_ISSUER_DOWN, _RESTARTED_LATE),
         cuts=False,
         concerns_source=True,
+        fails_connects=True,
     ),
     Drill(
-        name="two-403-57p03", title="one 403, and 57P03 for 6 s", faults=(_SAYS_403, _STARTING_UP), concerns_source=True
+        name="two-403-57p03",
+        title="one 403, and 57P03 for 6 s",
+        faults=(_SAYS_403, _STARTING_UP),
+        concerns_source=True,
+        fails_connects=True,
     ),
     Drill(
         name="two-429-slow",
@@ -327,7 +334,12 @@ DRILLS: Final[Sequence[Drill]] = (
         faults=(_SAYS_429, _SLOW_CONNECTS),
         concerns_source=True,
     ),
-    Drill(name="two-dns-restart", title="DNS gone for 8 s, and database restarted", faults=(_NO_NAMES, _RESTARTED)),
+    Drill(
+        name="two-dns-restart",
+        title="DNS gone for 8 s, and database restarted",
+        faults=(_NO_NAMES, _RESTARTED),
+        fails_connects=True,
+    ),
 )
 
 

@@ -23,13 +23,15 @@ _LIVES: Final = Effort().lives
 _RIVALS: Final[Mapping[str, str]] = {OURS: PLAIN, PATIENT: PSYCOPG}
 
 
-def allowed(rival: float) -> float:
-    """Return how many queries ours may lose where its rival loses so many.
+def allowed(drill: Drill, name: str, outcomes: Mapping[str, Outcome]) -> float:
+    """Return how many queries a contender of ours may lose in a drill where the one it is compared with lost so many.
 
-    Where the rival loses none, none. Where all fail for as long as something is down, how many depends on how fast they
-    fail, and on where in its turn each worker was: within a tenth and one query of each worker, that is the same.
+    As many, and so none where the other lost none. But without patience, where connects fail, who needs one is lost:
+    how many those are depends on how fast they fail, and on chance. There, a fifth and two queries of each worker are
+    no difference.
     """
-    return 0.0 if rival == 0 else 1.1 * rival + WORKERS
+    rival = outcomes[_RIVALS[name]].lost
+    return 1.2 * rival + 2 * WORKERS if drill.fails_connects and (name != PATIENT or rival) else rival
 
 
 def cell_name(drill: Drill, life: float) -> str:
@@ -57,14 +59,13 @@ async def _measure(conditions: Conditions, drill: Drill, life: float) -> tuple[R
         for name, outcome in outcomes.items():
             conditions.say(f"  {name}: {outcome}")
         played.append(outcomes)
-    return tuple(Row(name, _figures(played, name)) for name in played[0])
+    return tuple(Row(name, _figures(drill, played, name)) for name in played[0])
 
 
-def _figures(played: Sequence[Mapping[str, Outcome]], name: str) -> tuple[Figure, ...]:
+def _figures(drill: Drill, played: Sequence[Mapping[str, Outcome]], name: str) -> tuple[Figure, ...]:
     mine = [outcomes[name] for outcomes in played]
     rival = _RIVALS.get(name)
-    # A bound on the median of what is lost beyond what the rival may lose in the same round.
-    beyond = [] if rival is None else [outcomes[name].lost - allowed(outcomes[rival].lost) for outcomes in played]
+    beyond = [] if rival is None else [outcomes[name].lost - allowed(drill, name, outcomes) for outcomes in played]
     return (
         Figure("queries", tuple(float(one.queries) for one in mine)),
         Figure(FAILED, tuple(float(one.failed) for one in mine)),

@@ -34,9 +34,11 @@ process, each with a token issuer and a door of its own, all in front of one Pos
 - **psycopg_pool**: `conninfo=` a function that asks the same one, and `check=AsyncConnectionPool.check_connection`,
   without which each connection that was cut costs a query. Its `timeout` is 30 s, as it comes.
 
-In a cell: **failed queries**, and in brackets how many of them lost their connection while the server was working on
-them, which no pool can help; the **longest** that a query took, with its acquire, whether it failed or not; and the
-seconds from the end of the fault until the last query **ended that failed or took more than a second** (`-`: none did).
+In a cell: **failed queries**, and in brackets how many of them had a connection and lost it, because the server was
+working on them, or had just gone and nobody had noticed yet (psycopg_pool, which asks the server at each checkout,
+notices that; and with everything in one process, noticing takes ten milliseconds and more); the **longest** that a
+query took, with its acquire, whether it failed or not; and the seconds from the end of the fault until the last query
+**ended that failed or took more than a second** (`-`: none did).
 """
 _NOTES: Final = """\
 ## What is what
@@ -57,9 +59,9 @@ live, the first one of a run has four seconds and the last fifth of its life lef
 first refresh falls into the fault, or is what it hits. asyncpg and psycopg_pool ask for tokens only when they connect.
 
 A bold cell of ours is worse than what it is compared with, which is asyncpg for ours as it comes, and psycopg_pool for
-`connect_patience=10`. Queries that lost their connection in flight are left out of that. Where the other one lost none,
-ours may lose none. Where all fail for as long as something is down, how many do depends on how fast they fail: a tenth,
-and one query of each worker, is no difference.
+`connect_patience=10`. Queries that lost their connection under them are left out of that. Where the other one lost
+none, ours may lose none. Only without patience, while connects fail, who happens to need one is lost with either;
+there, a fifth and two queries of each worker are no difference.
 """
 
 

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from asyncpool_creds.testing.postgres import PostgresServer
 from benchmarks import drills
-from benchmarks.drills import DRILLS, OURS, PATIENT, PLAIN, PSYCOPG, Drill, Outcome, Timing
+from benchmarks.drills import DRILLS, OURS, PATIENT, Drill, Outcome, Timing
 from benchmarks.faults import allowed
 
 pytestmark = pytest.mark.anyio
@@ -45,13 +45,13 @@ async def test_drill_costs_no_more_than_with_the_others(server: PostgresServer, 
     outcomes = await drills.run(drill, TIMING, server, CONTENDERS)
 
     ours, patient, refusing = outcomes[OURS], outcomes[PATIENT], outcomes[REFUSING]
-    assert ours.lost <= allowed(outcomes[PLAIN].lost), shown(outcomes)
-    assert patient.lost <= allowed(outcomes[PSYCOPG].lost), shown(outcomes)
+    assert ours.lost <= allowed(drill, OURS, outcomes), shown(outcomes)
+    assert patient.lost <= allowed(drill, PATIENT, outcomes), shown(outcomes)
     assert ours.is_well, shown(outcomes)
     assert patient.is_well, shown(outcomes)
     assert refusing.is_well, shown(outcomes)
     if drill.name in WITHOUT_EXPIRY:
-        assert refusing.lost <= allowed(outcomes[PLAIN].lost), shown(outcomes)
+        assert refusing.lost <= allowed(drill, OURS, outcomes), shown(outcomes)
     if drill.name == "issuer":
         # An outage of the source is one of the database, for who wants it so.
         assert refusing.lost > 0, shown(outcomes)

@@ -217,9 +217,30 @@ def test_a_whole_run_of_the_drills_stays_below_25_minutes_and_a_quick_one_below_
     assert sum(cell.rounds(_QUICK) for cell in faults.CELLS) < 3 * 60
 
 
-def test_none_may_be_lost_where_the_other_lost_none_and_little_more_where_all_fail():
-    assert faults.allowed(0) == 0
-    assert faults.allowed(1000) == pytest.approx(1120)
+@pytest.mark.parametrize(
+    ("drill", "name", "rival", "lost", "expected"),
+    [
+        ("403", drills.OURS, drills.PLAIN, 0, 0),
+        ("403", drills.OURS, drills.PLAIN, 3, 3),
+        ("dns", drills.OURS, drills.PLAIN, 100, 160),
+        ("dns", drills.PATIENT, drills.PSYCOPG, 0, 0),
+        ("dns", drills.PATIENT, drills.PSYCOPG, 100, 160),
+    ],
+)
+def test_ours_may_lose_as_many_as_the_other_and_more_only_where_chance_decides(drill, name, rival, lost, expected):
+    (drill,) = (one for one in drills.DRILLS if one.name == drill)
+    in_flight = 7
+    outcome = drills.Outcome(
+        queries=9000,
+        failed=lost + in_flight,
+        in_flight=in_flight,
+        longest=1.0,
+        recovered=0.0,
+        errors={"OSError": lost},
+        is_well=True,
+    )
+
+    assert faults.allowed(drill, name, {rival: outcome}) == pytest.approx(expected)
 
 
 def test_the_first_refresh_is_near_however_long_tokens_live():
