@@ -1,5 +1,7 @@
 """An asyncpg pool whose password never goes stale."""
 
+import inspect
+
 from asyncpool_creds._clock import Clock
 from asyncpool_creds._connect_errors import is_refusal
 from asyncpool_creds._credential import Credential
@@ -22,6 +24,7 @@ from asyncpool_creds._events import (
     Event,
     ExpiredSessionsServed,
     Observer,
+    PoolReady,
     RefreshFailed,
     RefreshTokenExpiring,
     ReplacementFailed,
@@ -29,6 +32,7 @@ from asyncpool_creds._events import (
     RevocationFailed,
     StorageFailed,
     ThresholdReduced,
+    TlsState,
     log_event,
 )
 from asyncpool_creds._manager import ManagerStats, Stamp, TokenManager
@@ -60,6 +64,7 @@ __all__ = [
     "ManagerClosed",
     "ManagerStats",
     "Observer",
+    "PoolReady",
     "PoolStats",
     "ProviderError",
     "ProviderTimeout",
@@ -72,6 +77,7 @@ __all__ = [
     "StorageFailed",
     "Target",
     "ThresholdReduced",
+    "TlsState",
     "TokenManager",
     "TokenManagers",
     "connect",
@@ -81,6 +87,25 @@ __all__ = [
 ]
 
 _VERSION = "0.1.0"
+
+
+def _show_as_public(name: str) -> None:
+    """Have a class or function show as ``asyncpool_creds.name``, in tracebacks above all, not by where it is kept."""
+    thing = globals()[name]
+    if not inspect.isclass(thing) and not inspect.isfunction(thing):
+        return  # an alias of a type
+    if inspect.isclass(thing):
+        # typing.get_type_hints reads them in the namespace of __module__, which is about to be another one.
+        if annotations := inspect.get_annotations(thing, eval_str=True):
+            thing.__annotations__ = annotations
+        # inspect.getsource finds a class by __module__, too. Python 3.13 would show this file at the line of the other.
+        if "__firstlineno__" in vars(thing):
+            delattr(thing, "__firstlineno__")
+    thing.__module__ = __name__
+
+
+for _name in __all__:
+    _show_as_public(_name)
 
 
 def __getattr__(name: str) -> str:

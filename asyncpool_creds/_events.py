@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Literal, TypeAlias
+
+from asyncpool_creds._event_log import Entry, EventLog, Sentence, duration, quoted
 
 __all__ = [
     "ClockSkewDetected",
@@ -19,6 +22,7 @@ __all__ = [
     "Event",
     "ExpiredSessionsServed",
     "Observer",
+    "PoolReady",
     "RefreshFailed",
     "RefreshTokenExpiring",
     "ReplacementFailed",
@@ -26,6 +30,7 @@ __all__ = [
     "RevocationFailed",
     "StorageFailed",
     "ThresholdReduced",
+    "TlsState",
     "log_event",
 ]
 
@@ -34,6 +39,8 @@ _logger = logging.getLogger("asyncpool_creds")
 RetireReason: TypeAlias = Literal[
     "rotated", "expired", "max_lifetime", "drained", "before_acquire", "after_release", "reset_failed"
 ]
+
+TlsState: TypeAlias = Literal["verified", "unverified", "none", "local"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +224,26 @@ class CredentialRefused(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolReady(Event):
+    """A pool has been initialised.
+
+    Args:
+        name: Where it leads, as ``user@host:port/database``; without a password.
+        provider: Name of the source of its credentials; None in a pool without credentials.
+        lifetime: Seconds that the credential of its first connection lives; None: it has no end, or there is none yet.
+        tls: "verified": encrypted, and the server's certificate is checked for its name. "unverified": encrypted,
+            for whoever answers. "none": in plain text over TCP. "local": a Unix socket.
+        size: Connections that are open.
+    """
+
+    name: str
+    provider: str | None
+    lifetime: float | None
+    tls: TlsState
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionOpened(Event):
     """A pool opened a connection.
 
@@ -280,43 +307,252 @@ class ReplacementFailed(Event):
 Observer: TypeAlias = Callable[[Event], None]
 
 
-def log_event(event: Event) -> None:
-    """Log `event` to the logger ``asyncpool_creds``: the observer that is used where none is given.
+# What is said about each event: to add one, register a function for it.
 
-    Failures are warnings while something valid is served and errors once nothing is, or
-    if only memory keeps what a storage should; all else is at DEBUG. The event is attached
-    to the record as ``record.event``.
-    """
-    level = logging.DEBUG
-    match event:
-        case RefreshFailed(still_valid=False) | StorageFailed():
-            level = logging.ERROR
-        case (
-            RefreshFailed()
-            | RefreshTokenExpiring()
-            | ReplacementFailed()
-            | ExpiredSessionsServed()
-            | ClockSkewDetected()
-            | RevocationFailed()
-            | ThresholdReduced()
-            | CredentialRefused()
-        ):
-            level = logging.WARNING
-        case _:
-            pass
-    if _logger.isEnabledFor(level):
-        details = " ".join(
-            f"{f.name}={getattr(event, f.name)!s}" for f in fields(event) if f.name not in ("at", "error")
+
+@functools.singledispatch
+def _entry_of(event: Event) -> Entry:
+    return Entry(level=logging.DEBUG, sentences=(("%s", repr(event)),))
+
+
+@_entry_of.register
+def _(event: PoolReady) -> Entry:
+    source = "no credentials of ours"
+    if event.provider is not None:
+        source = f"credentials of {quoted(event.provider)}"
+        if event.lifetime is not None:
+            source += f" that live for {duration(event.lifetime)}"
+    tls = {
+        "verified": "TLS, and the server is verified",
+        "unverified": "TLS, but the server is not verified",
+        "none": "no TLS",
+        "local": "a Unix socket",
+    }[event.tls]
+    size = "1 connection" if event.size == 1 else f"{event.size} connections"
+    what = "Pool %s is ready: %s, %s, %s."
+    return Entry(level=logging.INFO, sentences=((what, quoted(event.name), size, source, tls),))
+
+
+@_entry_of.register
+def _(event: CredentialRefreshed) -> Entry:
+    is_new = event.rotated or event.generation == 1
+    what = "%s gave a new credential" if is_new else "%s gave the same credential again"
+    life = "no end"
+    if event.expires_at is not None:
+        life = f"valid for {duration((event.expires_at - event.at).total_seconds())}"
+    name = quoted(event.provider)
+    return Entry(
+        level=logging.DEBUG,
+        sentences=((f"{what}: %s, generation %s, %s.", name, event.fingerprint, str(event.generation), life),),
+        recoveries=((("refresh", event.provider), ("%s gives credentials again", name)),),
+    )
+
+
+@_entry_of.register
+def _(event: RefreshFailed) -> Entry:
+    what = "%s gives no new credential: %s." if event.still_valid else "%s gives no credential: %s."
+    until = "Callers fail, since none is left that is valid."
+    values: tuple[str, ...] = ()
+    if event.still_valid:
+        until = "Callers are served: the one in hand has no end."
+        if event.valid_for is not None:
+            until, values = "Callers fail in %s.", (duration(event.valid_for),)
+    sentences: list[Sentence] = [(what, *_told(event.provider, event.message)), (until, *values)]
+    if not event.retryable:
+        sentences.append(("This is a refusal, and lasts until somebody changes something.",))
+    if event.retry_in is None:
+        sentences.append(("It is asked again when somebody needs a credential.",))
+    else:
+        sentences.append(("Next attempt in %s.", duration(event.retry_in)))
+    return Entry(
+        level=logging.WARNING if event.still_valid else logging.ERROR,
+        sentences=tuple(sentences),
+        failure=("refresh", event.provider),
+        severity=0 if event.still_valid else 1,
+        error=event.error,
+    )
+
+
+@_entry_of.register
+def _(event: CredentialInvalidated) -> Entry:
+    what = "A server refused the credential of %s, which is asked for another: %s, generation %s."
+    values = (quoted(event.provider), event.fingerprint, str(event.generation))
+    return Entry(level=logging.DEBUG, sentences=((what, *values),))
+
+
+@_entry_of.register
+def _(event: ThresholdReduced) -> Entry:
+    what = "The credentials of %s live for %s, which is too short for %s: %s are used."
+    asked = quoted(f"{event.setting}={event.requested:g}")
+    values = (quoted(event.provider), duration(event.lifetime), asked, duration(event.used))
+    return Entry(
+        level=logging.WARNING,
+        sentences=((what, *values),),
+        failure=("threshold", event.provider, event.setting),
+    )
+
+
+@_entry_of.register
+def _(event: StorageFailed) -> Entry:
+    what = {
+        "load": "The token storage of %s could not be read: %s.",
+        "save": "The token storage of %s could not be written: %s.",
+        "lock": "The token storage of %s could not be locked: %s.",
+    }[event.action]
+    return Entry(
+        level=logging.ERROR,  # what only memory has is lost with the process
+        sentences=((what, *_told(event.provider, event.message)),),
+        failure=("storage", event.provider, event.action),
+        error=event.error,
+    )
+
+
+@_entry_of.register
+def _(event: RefreshTokenExpiring) -> Entry:
+    what = "What the credentials of %s hang on ends in %s, at %s UTC: %s."
+    left = duration((event.expires_at - event.at).total_seconds())
+    moment = f"{event.expires_at.astimezone(UTC):%Y-%m-%d %H:%M}"
+    return Entry(
+        level=logging.WARNING,
+        sentences=((what, quoted(event.provider), left, moment, quoted(event.advice)),),
+        failure=("login", event.provider),
+    )
+
+
+@_entry_of.register
+def _(event: RevocationFailed) -> Entry:
+    what = "A superseded credential of %s could not be revoked, and lives until its own end: %s."
+    return Entry(
+        level=logging.WARNING,
+        sentences=((what, *_told(event.provider, event.message)),),
+        failure=("revocation", event.provider),
+        error=event.error,
+    )
+
+
+@_entry_of.register
+def _(event: CredentialRefused) -> Entry:
+    code = "no SQLSTATE" if event.sqlstate is None else f"SQLSTATE {event.sqlstate}"
+    what = "The server refused credential %s, generation %s: %s (%s)."
+    values = (event.fingerprint, str(event.generation), quoted(event.message), code)
+    outcome = "A newer one is tried." if event.retrying else "There is no newer one to try, so the connect fails."
+    return Entry(
+        level=logging.WARNING,
+        sentences=((what, *values), (outcome,)),
+        failure="refusal",
+        severity=0 if event.retrying else 1,
+        error=event.error,
+    )
+
+
+@_entry_of.register
+def _(event: ConnectionOpened) -> Entry:
+    what = (
+        "Opened a connection%s in %s, to take another's place." if event.replacement else "Opened a connection%s in %s."
+    )
+    recoveries: tuple[tuple[str, Sentence], ...] = (("refusal", ("The server accepts credentials again",)),)
+    if event.replacement:
+        recoveries += (("replacement", ("Connections are replaced again",)),)
+    return Entry(
+        level=logging.DEBUG,
+        sentences=((what, _of_generation(event.generation), duration(event.duration)),),
+        recoveries=recoveries,
+    )
+
+
+@_entry_of.register
+def _(event: ConnectionRetired) -> Entry:
+    values = (_of_generation(event.generation), duration(event.age), quoted(event.reason))
+    return Entry(level=logging.DEBUG, sentences=(("Retired a connection%s after %s: %s.", *values),))
+
+
+@_entry_of.register
+def _(event: ExpiredSessionsServed) -> Entry:
+    if event.connections == 0:
+        return Entry(
+            level=logging.DEBUG,
+            sentences=(("No session past its credential's end is served any more.",),),
+            recoveries=(("expired sessions", ("Every session past its credential's end has been replaced",)),),
         )
-        _logger.log(level, "%s %s", type(event).__name__, details, extra={"event": event})
+    what = "1 session is" if event.connections == 1 else f"{event.connections} sessions are"
+    moment = f"{event.since.astimezone(UTC):%H:%M:%S}"
+    return Entry(
+        level=logging.WARNING,
+        sentences=(
+            (
+                "%s served past the end of the credential (since %s UTC), because no replacement can be had.",
+                what,
+                moment,
+            ),
+        ),
+        failure="expired sessions",
+    )
+
+
+@_entry_of.register
+def _(event: ClockSkewDetected) -> Entry:
+    what = (
+        "A server refused a credential of %s that had %s left, and took a newer one: its clock is ahead. "
+        "Credentials are used for as much less from now on; set the clocks of both by NTP."
+    )
+    return Entry(
+        level=logging.WARNING,
+        sentences=((what, quoted(event.provider), duration(event.skew)),),
+        failure=("skew", event.provider),
+    )
+
+
+@_entry_of.register
+def _(event: ReplacementFailed) -> Entry:
+    return Entry(
+        level=logging.WARNING,
+        sentences=(
+            ("A connection could not be replaced: %s; the old one serves on.", quoted(event.message)),
+            ("Next attempt in %s.", duration(event.retry_in)),
+        ),
+        failure="replacement",
+        error=event.error,
+    )
+
+
+def _told(provider: str, message: str) -> tuple[str, str]:
+    """Return the name of a source and what it said, without what the line says anyway."""
+    return quoted(provider), quoted(message.removeprefix(f"{provider}: ").removesuffix("; see the cause"))
+
+
+def _of_generation(generation: int | None) -> str:
+    return "" if generation is None else f" of generation {generation}"
+
+
+_shared_log: EventLog[Event] = EventLog(_entry_of)
+
+
+def log_event(event: Event) -> None:
+    """Log `event` to the logger ``asyncpool_creds``, as a sentence: the observer that is used where none is given.
+
+    What fails is a warning when it begins, with the exception as ``exc_info``, and then one line a minute at most, with
+    how often it has failed and how long callers are still served; it is an error as soon as callers fail, or if only
+    memory keeps what a storage should. A recovery, and a pool that is ready, are at INFO. All else, the failures that
+    were only counted included, is at DEBUG. The event is attached to the record as ``record.event``.
+
+    What fails is told apart by the name of the source. Given as (or among) the `on_event` of a manager or a pool, this
+    keeps a memory of their own for each, so that two sources of the same name do not answer for each other.
+    """
+    _shared_log(event)
 
 
 class Observers:
-    """The callbacks an owner of events calls, in the order in which they came."""
+    """The callbacks an owner of events calls, in the order in which they came.
 
-    __slots__ = ("_callbacks",)
+    Args:
+        on_event: The callbacks; None: `log_event`.
+        is_short_lived: The owner lives for a moment only, so `log_event` has to remember for it what fails.
+    """
 
-    def __init__(self, on_event: Observer | Iterable[Observer] | None) -> None:
+    __slots__ = ("_callbacks", "_is_short_lived")
+
+    def __init__(self, on_event: Observer | Iterable[Observer] | None, *, is_short_lived: bool = False) -> None:
+        self._is_short_lived = is_short_lived
         if on_event is None:
             on_event = log_event
         self._callbacks: list[Observer] = []
@@ -326,13 +562,13 @@ class Observers:
             raise _not_an_observer(on_event)
         for callback in on_event:
             _check(callback)
-            self._callbacks.append(callback)
+            self._callbacks.append(self._own(callback))
 
     def subscribe(self, callback: Observer) -> Callable[[], None]:
         """Call `callback` with every event from now on; return a function that ends that."""
         _check(callback)
         # Its own entry, so that ending this subscription twice does not end another one of the same callback.
-        entry = _Subscription(callback)
+        entry = _Subscription(self._own(callback))
         self._callbacks.append(entry)
 
         def unsubscribe() -> None:
@@ -347,6 +583,9 @@ class Observers:
             except Exception:
                 # An observer's bug must not stop a refresh or lose a connection.
                 _logger.exception("observer %s failed on %s", _name(callback), type(event).__name__)
+
+    def _own(self, callback: Observer) -> Observer:
+        return EventLog(_entry_of) if callback is log_event and not self._is_short_lived else callback
 
 
 class _Subscription:

@@ -117,13 +117,21 @@ class TokenManagers:
             raise ManagerClosed("the token managers are closed; make new ones")
         if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"TokenManagers: a name must be a str, not {type(name).__name__}")
-        source = self._provider_of(name)
-        label = None
+        source: CredentialProvider | CredentialFunction | Awaitable[CredentialProvider | CredentialFunction]
+        # A coroutine that is made now, for a manager that is never used, would complain that nobody awaited it.
+        source = self._awaited(name) if inspect.iscoroutinefunction(self._provider_of) else self._provider_of(name)
         if inspect.isawaitable(source):
+            source = self._awaited(name, source)
+        label = None
+        if isinstance(source, _Awaited):
             label = str(getattr(self._provider_of, "__qualname__", type(self._provider_of).__qualname__))
-            source = _Awaited(self._provider_of, name, source, self._clock)
         manager = self._managers[name] = self._make(source).named(name, label)
         return manager
+
+    def _awaited(
+        self, name: str, promise: Awaitable[CredentialProvider | CredentialFunction] | None = None
+    ) -> CredentialProvider:
+        return _Awaited(self._provider_of, name, promise, self._clock)
 
     async def get(self, name: str) -> Credential:
         """Return a credential of `name` that is valid now, as `TokenManager.get` does.
@@ -229,7 +237,7 @@ class _Awaited:
     Args:
         provider_of: Called again where the first attempt came to nothing.
         name: What it is called with.
-        promise: What it returned.
+        promise: What it returned; None: it has yet to be called.
         clock: For a source that is a function.
     """
 
@@ -237,12 +245,12 @@ class _Awaited:
         self,
         provider_of: ProviderOf,
         name: str,
-        promise: Awaitable[CredentialProvider | CredentialFunction],
+        promise: Awaitable[CredentialProvider | CredentialFunction] | None,
         clock: Clock,
     ) -> None:
         self._provider_of = provider_of
         self._for = name
-        self._promise: Awaitable[CredentialProvider | CredentialFunction] | None = promise
+        self._promise = promise
         self._clock = clock
         self._provider: CredentialProvider | None = None
         self._observer: Observer = log_event

@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import logging
 import math
+import socket
+import ssl
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -23,6 +25,7 @@ from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._connect_errors import is_passing, is_refusal
 from asyncpool_creds._connect_line import ConnectLine
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments
+from asyncpool_creds._errors import ManagerClosed
 from asyncpool_creds._events import (
     ClockSkewDetected,
     ConnectionOpened,
@@ -31,7 +34,9 @@ from asyncpool_creds._events import (
     Event,
     Observer,
     Observers,
+    PoolReady,
     RetireReason,
+    TlsState,
 )
 from asyncpool_creds._fastpath import FastPath, is_supported, watch, whole_call
 from asyncpool_creds._keywords import check_keywords
@@ -40,7 +45,7 @@ from asyncpool_creds._provider import BindableProvider, CredentialFunction, Cred
 from asyncpool_creds._queue import SlotQueue
 from asyncpool_creds._rotation import ExpiredSessions, RetireWhen, Rotation, Session
 from asyncpool_creds._slots import AnyProxy, Calm, ConnectionHook, Slot
-from asyncpool_creds._target import RequireTls
+from asyncpool_creds._target import RequireTls, Route, read_route, routing_arguments
 
 __all__ = ["ConnectionInfo", "CredentialPool", "Credentials", "PoolStats", "connect", "create_pool"]
 
@@ -72,8 +77,8 @@ if TYPE_CHECKING:
         _closed: bool
         _closing: bool
         _queue: Any
-        _initializing: bool
         _initialized: bool
+        _initializing: bool
 
         def _check_init(self) -> None: ...
         async def _initialize(self) -> None: ...
@@ -341,6 +346,9 @@ class CredentialPool(_Pool[RecordT]):
     async def close(self) -> None:
         """Close the pool as asyncpg does, then the manager, unless that was handed in.
 
+        Those who wait for a connection are answered with asyncpg's ``InterfaceError: pool is closing``, at once and
+        on every version; so are those who come while the connections in use are waited for.
+
         In a forked child this does nothing: the connections are the parent's.
         """
         if self._is_inherited:
@@ -349,6 +357,10 @@ class CredentialPool(_Pool[RecordT]):
             self._check_init()  # which raises, before anything is undone
         self._connect_line.close()
         try:
+            if self._initialized and not self._closed:
+                # Now, as asyncpg does with its first step: what is being undone below is not for those who come.
+                self._closing = True
+                self._slot_queue.close()
             try:
                 await self._rotation.stop()
             except BaseException:
@@ -356,7 +368,8 @@ class CredentialPool(_Pool[RecordT]):
                 raise
             await super().close()
         finally:
-            await asyncio.shield(self._dispose_once())
+            self._closing = False  # closed, that is, though perhaps not by asyncpg's close
+            await asyncio.shield(self._dispose_once(asyncio.get_running_loop()))
 
     def terminate(self) -> None:
         """Terminate all connections without waiting; the manager is closed by a task of the pool's.
@@ -367,13 +380,22 @@ class CredentialPool(_Pool[RecordT]):
             return
         super().terminate()
         self._connect_line.close()
+        self._slot_queue.close()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
             connection.terminate()
         if self._loop.is_running():
-            self._dispose_once()
+            self._dispose_once(self._loop)
 
     async def _initialize(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._closed = True  # asyncpg 0.30 and 0.31 would take it for open
+            await asyncio.shield(self._dispose_once(loop))
+            raise RuntimeError(
+                f"this pool was made for event loop {self._loop!r} and is opened in {loop!r}; make it where its loop "
+                "runs: in the coroutine that is given to asyncio.run, not when a module is imported"
+            )
         if self._manager is not None and self._observer is not None:
             # Not before: a pool that is never opened leaves nothing behind at the manager.
             self._unsubscribe = self._manager.subscribe(self._observer)
@@ -385,7 +407,7 @@ class CredentialPool(_Pool[RecordT]):
                 self._closed = True
                 for holder in self._holders:
                     holder.terminate()
-                await asyncio.shield(self._dispose_once())
+                await asyncio.shield(self._dispose_once(loop))
             raise
         for holder in self._holders:
             holder.__class__ = Slot
@@ -395,6 +417,39 @@ class CredentialPool(_Pool[RecordT]):
         self._slot_queue.fill(self.slots())
         self._queue = self._slot_queue
         self._rotation.start(in_background=self._manager is None or self._manager.background)
+        self._report_ready()
+
+    def _report_ready(self) -> None:
+        connections = [slot.connection for slot in self.slots()]
+        opened = [one for one in connections if one is not None and not one.is_closed()]
+        session = self._sessions.get(opened[0]) if opened else None
+        lifetime = None
+        if session is not None and session.stamp is not None and session.stamp.expires_at is not None:
+            lifetime = (session.stamp.expires_at - session.stamp.obtained_at).total_seconds()
+        name, tls = self._destination()
+        self._events(
+            PoolReady(
+                at=utc_now(self._clock),
+                name=name,
+                provider=None if self._manager is None else self._manager.name,
+                lifetime=lifetime,
+                # What is had counts for more than what was asked for.
+                tls=(_tls_of_connection(opened[0]) if opened else None) or tls,
+                size=len(opened),
+            )
+        )
+
+    def _destination(self) -> tuple[str, TlsState]:
+        """Return where the arguments lead, and whether they ask for TLS."""
+        dsn = self._connect_args[0]
+        try:
+            if self._connector is None:
+                route, is_forced = read_route(dsn, routing_arguments(self._connect_kwargs)), False
+            else:
+                route, is_forced = self._connector.route(dsn, self._connect_kwargs)
+            return _name_of(route), _tls_of_route(route, is_forced=is_forced)
+        except Exception:  # noqa: BLE001 - a report keeps no pool from opening: the first connect meets it again
+            return "unknown", "none"
 
     async def _acquire(self, timeout: float | None) -> AnyProxy:  # noqa: ASYNC109 - asyncpg's signature
         if timeout is not None or not self._checks_out_itself or self._closing:
@@ -435,10 +490,16 @@ class CredentialPool(_Pool[RecordT]):
 
     async def _new_connection(self, *, replacement: bool) -> AnyConnection:
         started = self._clock.monotonic()
-        if replacement or not self._initialized or self._is_maintaining_floor():
-            connection = await self._connect_once()
-        else:
-            connection = await self._connect_line.open(self._connect_once)
+        try:
+            if replacement or not self._initialized or self._is_maintaining_floor():
+                connection = await self._connect_once()
+            else:
+                connection = await self._connect_line.open(self._connect_once)
+        except ManagerClosed:
+            if not self.is_closing():
+                raise
+            # By the pool itself, most likely, while this waited for a credential.
+            raise asyncpg.InterfaceError("pool is closing") from None
         if self.is_closing():
             # asyncpg 0.30 and 0.31 do not look again; nobody would ever close it.
             connection.terminate()
@@ -603,9 +664,10 @@ class CredentialPool(_Pool[RecordT]):
 
     # -- small change
 
-    def _dispose_once(self) -> asyncio.Task[None]:
+    def _dispose_once(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        # In the loop that runs: that of a pool which was never opened may be another one, and never run.
         if self._disposal is None:
-            self._disposal = self._loop.create_task(self._dispose(), name="asyncpool_creds: dispose of a pool")
+            self._disposal = loop.create_task(self._dispose(), name="asyncpool_creds: dispose of a pool")
         return self._disposal
 
     async def _dispose(self) -> None:
@@ -677,6 +739,46 @@ def _check_choice(name: str, value: str, *choices: str) -> None:
     if value not in choices:
         *others, last = (f'"{choice}"' for choice in choices)
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
+
+
+def _name_of(route: Route) -> str:
+    """Return ``user@host:port/database``; every host, if there are several."""
+    hosts = ",".join(
+        f"[{target.host}]:{target.port}" if ":" in target.host else f"{target.host}:{target.port}"
+        for target in route.targets
+    )
+    first = route.targets[0]
+    user = "" if first.user is None else f"{first.user}@"
+    return f"{user}{hosts}" + ("" if first.database is None else f"/{first.database}")
+
+
+def _tls_of_connection(connection: AnyConnection) -> TlsState | None:
+    """Return how an open connection is protected; None: it does not show."""
+    transport: asyncio.Transport | None = getattr(connection, "_transport", None)
+    if transport is None:
+        return None
+    encryption: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+    if encryption is not None:
+        return _tls_of_context(encryption.context)
+    connected: socket.socket | None = transport.get_extra_info("socket")
+    if connected is None:
+        return None
+    return "local" if connected.family == getattr(socket, "AF_UNIX", None) else "none"
+
+
+def _tls_of_route(route: Route, *, is_forced: bool) -> TlsState:
+    """Return how a connection will be protected at least: ``sslmode=prefer`` may come to nothing."""
+    if all(target.host.startswith("/") for target in route.targets):
+        return "local"
+    if route.tls == "verified":
+        return "verified"
+    return "unverified" if is_forced or route.tls in ("authority", "unverified") else "none"
+
+
+def _tls_of_context(context: ssl.SSLContext) -> TlsState:
+    # sslmode=verify-ca takes any certificate of the authority, and a public one certifies everybody.
+    is_verified = context.verify_mode is ssl.CERT_REQUIRED and context.check_hostname
+    return "verified" if is_verified else "unverified"
 
 
 def _is_bindable(credentials: Credentials) -> bool:
@@ -869,7 +971,7 @@ async def connect(
     if credentials is None:
         plain: AnyConnection = await asyncpg.connect(dsn, **connect_kwargs)
         return plain
-    events = Observers(on_event)
+    events = Observers(on_event, is_short_lived=True)
     built: dict[Target, TokenManager] = {}
 
     def manager_of(target: Target) -> TokenManager:

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+import asyncpg
+
 from asyncpool_creds._handoff import hand_over
 from asyncpool_creds._slots import AnyProxy, Slot
 
@@ -36,6 +38,7 @@ class SlotQueue:
         self._waiting: Final[deque[asyncio.Future[Slot | None]]] = deque()
         self._served: Final[list[tuple[asyncio.Future[Slot | None], Slot | None]]] = []
         self._is_held = False
+        self._is_closed = False
         self._fair: Final = fair
         self.resetting = 0
 
@@ -62,7 +65,11 @@ class SlotQueue:
     # -- what asyncpg calls
 
     async def get(self) -> Slot:
-        """Return a slot, as soon as it is the caller's turn."""
+        """Return a slot, as soon as it is the caller's turn.
+
+        Raises:
+            asyncpg.InterfaceError: The pool is closing.
+        """
         slot = self._take()
         while slot is None:
             loop = asyncio.get_running_loop()
@@ -70,7 +77,7 @@ class SlotQueue:
             self._waiting.append(turn)
             impatience = loop.call_later(_PATIENCE, self._serve_vacant, turn) if self._slots else None
             try:
-                slot = await turn or self._take()
+                slot = await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._pass_on(turn.result())
@@ -78,7 +85,20 @@ class SlotQueue:
             finally:
                 if impatience is not None:
                     impatience.cancel()
+            if self._is_closed:
+                self._pass_on(slot)
+                raise asyncpg.InterfaceError("pool is closing")
+            slot = slot or self._take()
         return slot
+
+    def close(self) -> None:
+        """Turn everybody away who waits for a slot: the pool is closing, and nobody is served from it any more.
+
+        Whoever was served a moment ago and has not run since is turned away, too.
+        """
+        self._is_closed = True
+        while self._serve(None):
+            pass
 
     def _take(self) -> Slot | None:
         slot = None if self._fair and self._waiting else self._take_last(connected=True)

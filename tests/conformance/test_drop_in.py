@@ -24,6 +24,8 @@ OURS = {
     "wait_for_reset",
     "fair",
     "fast_path",
+    "expired_sessions",
+    "connect_patience",
     "is_refusal",
     "on_event",
 }
@@ -586,7 +588,21 @@ SEE_THE_RESET = {
     "order_of_reuse",
     "error_in_the_block",
 }
-WAYS = {"asyncpg's reset": {"fast_path": False}, "waiting": {"wait_for_reset": True}, "as it comes": {}}
+
+
+async def token():
+    return "a token that the server does not ask for"
+
+
+WAYS = {
+    "asyncpg's reset": {"fast_path": False},
+    "waiting": {"wait_for_reset": True},
+    "as it comes": {},
+    **{
+        f"{word} what has expired": {"wait_for_reset": True, "credentials": token, "expired_sessions": word}
+        for word in ("serve", "refuse")
+    },
+}
 
 
 @pytest.mark.parametrize(

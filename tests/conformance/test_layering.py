@@ -17,7 +17,7 @@ PACKAGE = Path(asyncpool_creds.__file__).parent
 # Each may import what stands before it.
 CORE = [
     *("_errors", "_tracebacks", "_clock", "_alarm", "_fork", "_threads"),
-    *("_expiry", "_credential", "_policy", "_events", "_provider"),
+    *("_expiry", "_credential", "_policy", "_event_log", "_events", "_provider"),
     *("_manager", "_managers", "_keywords"),
     *("_target", "_tls", "_connect_errors", "_connector", "_connect_line"),
     *("_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),

@@ -7,9 +7,12 @@ import importlib
 import importlib.metadata
 import inspect
 import json
+import pickle
 import pkgutil
 import subprocess
 import sys
+import traceback
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +69,43 @@ def test_everything_public_in_the_package_is_exported_and_sorted() -> None:
     }
 
     assert asyncpool_creds.__all__ == sorted(public)
+
+
+PUBLIC = [
+    thing
+    for thing in (getattr(asyncpool_creds, name) for name in asyncpool_creds.__all__)
+    if inspect.isclass(thing) or inspect.isfunction(thing)
+]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
+def test_a_public_name_shows_as_the_packages_own(thing: type) -> None:
+    assert f"{thing.__module__}.{thing.__qualname__}" == f"asyncpool_creds.{thing.__name__}"
+    assert pickle.loads(pickle.dumps(thing)) is thing
+
+
+def test_a_traceback_names_an_error_as_its_users_do() -> None:
+    error = asyncpool_creds.ProviderError("down")
+
+    assert traceback.format_exception_only(error) == ["asyncpool_creds.ProviderError: down\n"]
+    assert type(pickle.loads(pickle.dumps(error))) is asyncpool_creds.ProviderError
+
+
+@pytest.mark.parametrize("thing", [one for one in PUBLIC if inspect.isclass(one)], ids=lambda thing: thing.__name__)
+def test_the_annotations_of_a_public_class_can_be_evaluated(thing: type) -> None:
+    assert all(not isinstance(hint, str) for hint in typing.get_type_hints(thing).values())
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
+def test_source_that_is_shown_is_that_of_the_thing(thing: type) -> None:
+    """A class is looked for in the file of the module it shows as, where there is none; Python has no other way."""
+    members = [member for member in vars(thing).values() if inspect.isfunction(member)]
+    for function in [thing] if inspect.isfunction(thing) else members:
+        if function.__code__.co_filename.startswith(str(PACKAGE)):
+            assert f"def {function.__name__}" in inspect.getsource(function)
+    if inspect.isclass(thing):
+        with pytest.raises(OSError, match=r"."):
+            inspect.getsource(thing)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

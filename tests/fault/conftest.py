@@ -20,8 +20,8 @@ def server() -> Iterator[PostgresServer]:
         yield server
 
 
-@pytest.fixture
-async def world(server: PostgresServer) -> AsyncIterator[World]:
+@pytest.fixture(params=["serve", "refuse"])
+async def world(server: PostgresServer, request: pytest.FixtureRequest) -> AsyncIterator[World]:
     """A door before a real server, a source of tokens, a clock; on the way out, nothing may be left of anything."""
-    async with World(server) as world:
+    async with World(server, expired_sessions=request.param) as world:
         yield world

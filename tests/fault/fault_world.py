@@ -17,6 +17,7 @@ import asyncpg
 from support import assert_no_secret, secret
 
 from asyncpool_creds import Credential, CredentialPool, TokenManager, create_pool
+from asyncpool_creds._rotation import ExpiredSessions
 from asyncpool_creds.testing import RecordingObserver, ScriptedProvider, VirtualClock
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.postgres import PostgresServer
@@ -46,8 +47,9 @@ class World:
     Time stands still unless a test moves `clock`; timers and I/O take real time.
     """
 
-    def __init__(self, server: PostgresServer) -> None:
+    def __init__(self, server: PostgresServer, *, expired_sessions: ExpiredSessions) -> None:
         self.server = server
+        self.expired_sessions = expired_sessions
         self.clock = VirtualClock()
         self.observer = RecordingObserver()
         self.provider = self.source(self.mint)
@@ -139,6 +141,7 @@ class World:
             "max_reconnects_per_second": 10_000,
             "on_event": self.observer,
             "timeout": PATIENCE,
+            "expired_sessions": self.expired_sessions,
             **arguments,
         }
         return create_pool(

@@ -27,9 +27,9 @@ def stage(request):
     return request.param
 
 
-@pytest.fixture
-async def world(server: PostgresServer, stage):
-    world = World(server)
+@pytest.fixture(params=["serve", "refuse"])
+async def world(server: PostgresServer, stage, request):
+    world = World(server, expired_sessions=request.param)
     if stage in TLS_STAGES:
         world.door = TokenDoor(server, world.verify, tls=True)
         world.sslmode = "require"

@@ -73,7 +73,7 @@ async def test_a_pool_that_meets_every_trouble_shows_no_token(world: World, capl
     assert_no_secret(pool, pool.manager, pool.stats())
 
 
-async def test_a_source_that_quotes_its_token_in_an_error_is_not_quoted_again(world, caplog):
+async def test_a_source_that_quotes_its_token_in_an_error_is_not_quoted_again(world, caplog, leak_detector):
     caplog.set_level(logging.DEBUG)
     quoted = secret("in-the-error")
 
@@ -85,9 +85,10 @@ async def test_a_source_that_quotes_its_token_in_an_error_is_not_quoted_again(wo
         try:
             await manager.get()
         except asyncpool_creds.CredentialExpired as expired:
-            # The source's own words are its own; ours are without them.
+            # The source's own words are its own, in a traceback, too; ours are without them.
             ours = [str(expired), repr(expired), str(expired.__cause__), repr(expired.__cause__)]
     assert_no_secret(*ours, *world.observer.events, *(record.getMessage() for record in caplog.records))
+    assert all("exc_info of LogRecord" in leak for leak in leak_detector.take_leaks())
 
 
 async def test_what_a_source_returned_by_mistake_is_not_shown(world):

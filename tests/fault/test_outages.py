@@ -51,8 +51,7 @@ class Issued:
         world.door.verify = self.issuer.verify
         self.door: TokenDoor = world.door
 
-    async def pool(self, *, expired_sessions="refuse", **arguments):
-        """Return a pool that has to have a valid credential, unless it is told to serve on without."""
+    async def pool(self, **arguments):
         self.source = OAuth2(
             token_url=self.issuer.token_url,
             client_id="pool",
@@ -62,7 +61,7 @@ class Issued:
             timeout=PATIENCE,
         )
         manager = self.world.manager(self.source, **arguments)
-        return await self.world.pool(manager, min_size=2, retire_when="expired", expired_sessions=expired_sessions)
+        return await self.world.pool(manager, min_size=2, retire_when="expired")
 
     async def heal(self) -> None:
         await self.issuer.come_up()
@@ -106,6 +105,7 @@ async def test_an_outage_shorter_than_the_remaining_life_is_not_felt(issued, out
     await issued.world.assert_closes(pool)
 
 
+@pytest.mark.parametrize("world", ["refuse"], indirect=True)
 async def test_an_outage_longer_than_the_remaining_life_is_one_typed_error_and_ends_with_the_outage(issued, outage):
     pool = await issued.pool()
     await outage(issued.issuer)
@@ -128,8 +128,9 @@ async def test_an_outage_longer_than_the_remaining_life_is_one_typed_error_and_e
     await issued.world.assert_closes(pool)
 
 
+@pytest.mark.parametrize("world", ["serve"], indirect=True)
 async def test_an_outage_longer_than_the_remaining_life_is_not_felt_where_sessions_are_served_on(issued, outage):
-    pool = await issued.pool(expired_sessions="serve")
+    pool = await issued.pool()
     await outage(issued.issuer)
     issued.clock.advance(LIFETIME)
 
@@ -156,6 +157,7 @@ async def test_the_first_fill_with_the_source_down_is_the_typed_error_and_leaves
     await issued.heal()
 
 
+@pytest.mark.parametrize("world", ["refuse"], indirect=True)
 async def test_a_source_that_refuses_for_good_is_not_asked_in_a_loop(issued):
     pool = await issued.pool()
     issued.issuer.users.disable("app")
@@ -177,6 +179,7 @@ async def test_a_source_that_refuses_for_good_is_not_asked_in_a_loop(issued):
     await issued.world.assert_closes(pool)
 
 
+@pytest.mark.parametrize("world", ["refuse"], indirect=True)
 async def test_a_request_for_patience_is_heeded(issued):
     pool = await issued.pool()
     issued.issuer.fail_next(status=429, retry_after=120, times=None)
@@ -196,6 +199,7 @@ async def test_a_request_for_patience_is_heeded(issued):
     await issued.world.assert_closes(pool)
 
 
+@pytest.mark.parametrize("world", ["refuse"], indirect=True)
 async def test_a_source_that_hangs_is_bounded_and_the_pool_closes(issued):
     pool = await issued.pool(fetch_timeout=1.0)
     issued.issuer.hang()

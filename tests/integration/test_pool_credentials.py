@@ -495,8 +495,8 @@ async def test_a_user_that_the_source_overrules_is_told_once(cloud, caplog):
 
     (told,) = warnings_in(caplog)
     assert told == (
-        "the user 'app' of the connection arguments is not used: the credential of ScriptedProvider comes with the user "
-        "'reporter'"
+        "the user 'app' of the connection arguments is not used: the credential of ScriptedProvider comes with the "
+        "user 'reporter'"
     )
 
 

@@ -454,7 +454,7 @@ async def test_events_are_logged_by_default(provider, clock, caplog):
     async with TokenManager(provider, clock=clock):
         pass
 
-    assert any(message.startswith("CredentialRefreshed provider=ScriptedProvider") for message in caplog.messages)
+    assert any(message.startswith('"ScriptedProvider" gave a new credential') for message in caplog.messages)
 
 
 async def test_it_can_be_looked_at(new_manager, provider, clock):

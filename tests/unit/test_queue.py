@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import asyncpg
 import pytest
 
 from asyncpool_creds._queue import SlotQueue
@@ -240,3 +241,44 @@ async def test_in_a_storm_of_cancellations_no_slot_is_lost_and_none_given_twice(
     ) == len(tasks)
     assert queue.qsize() == len(slots)
     assert {await queue.get() for _ in slots} == set(slots)
+
+
+@pytest.mark.parametrize("fair", [True, False])
+async def test_closing_turns_away_those_who_wait(fair):
+    queue = queue_of(fair=fair)
+    tasks = await waiting(queue, 3)
+
+    queue.close()
+
+    for task in tasks:
+        with pytest.raises(asyncpg.InterfaceError, match="pool is closing"):
+            await task
+
+
+@pytest.mark.parametrize("fair", [True, False])
+@pytest.mark.parametrize("is_held", [False, True])
+async def test_closing_turns_away_one_who_was_served_and_has_not_run_since_and_loses_no_slot(fair, is_held):
+    queue = queue_of(fair=fair)
+    (task,) = await waiting(queue, 1)
+    if is_held:
+        queue.hold()
+    queue.put_nowait(Slot("returned"))
+
+    queue.close()
+
+    if is_held:
+        asyncio.get_running_loop().call_soon(queue.let_go)
+    with pytest.raises(asyncpg.InterfaceError, match="pool is closing"):
+        await task
+    assert queue.qsize() == 1
+
+
+async def test_a_waiter_that_is_cancelled_as_the_queue_closes_is_cancelled():
+    queue = queue_of()
+    (task,) = await waiting(queue, 1)
+
+    queue.close()
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -34,6 +34,7 @@ from asyncpool_creds import (
     ManagerClosed,
     ManagerStats,
     Observer,
+    PoolReady,
     PoolStats,
     ProviderError,
     ProviderTimeout,
@@ -46,6 +47,7 @@ from asyncpool_creds import (
     StorageFailed,
     Target,
     ThresholdReduced,
+    TlsState,
     TokenManager,
     connect,
     create_pool,
@@ -133,6 +135,13 @@ def observe(event: Event) -> None:
             assert_type(event.setting, Literal["refresh_threshold", "min_validity"])
         case CredentialRefused():
             assert_type(event.sqlstate, str | None)
+        case PoolReady():
+            assert_type(event.name, str)
+            assert_type(event.provider, str | None)
+            assert_type(event.lifetime, float | None)
+            tls: TlsState = event.tls
+            assert_type(tls, TlsState)
+            assert_type(event.size, int)
         case ConnectionOpened():
             assert_type(event.replacement, bool)
         case ConnectionRetired():
