@@ -7,6 +7,7 @@ because a machine that is busy with something else decides about times.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,26 @@ def server():
     with PostgresServer(max_connections=200) as server:
         asyncio.run(server.create_role(drills.ROLE))
         yield server
+
+
+@pytest.fixture(autouse=True)
+async def complaints_about_us():
+    """Fail if the event loop complains about something of ours; two other pools live on it, and have their own bugs."""
+    complaints = []
+
+    def complain(_, context):
+        culprit = repr(context.get("future", context.get("task", context.get("protocol"))))
+        if "asyncpool_creds" in culprit:
+            complaints.append(f"{context['message']}: {context.get('exception')!r} {culprit}")
+
+    loop = asyncio.get_running_loop()
+    previous = loop.get_exception_handler()
+    loop.set_exception_handler(complain)
+    yield
+    gc.collect()
+    await asyncio.sleep(0)
+    loop.set_exception_handler(previous)
+    assert not complaints, complaints
 
 
 def shown(outcomes: Mapping[str, Outcome]) -> str:
