@@ -220,7 +220,7 @@ async def test_a_rotation_under_way_changes_nothing_of_it(cloud, resets):
 
 
 async def test_what_has_ended_in_use_is_closed_and_not_reset_first(cloud, resets):
-    async with cloud.pool(max_size=1) as pool:
+    async with cloud.pool(max_size=1, expired_sessions="refuse") as pool:
         async with pool.acquire() as connection:
             await connection.fetchval("SELECT 1")
             cloud.clock.advance(700)

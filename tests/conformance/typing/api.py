@@ -15,6 +15,7 @@ import asyncpool_creds
 from asyncpool_creds import (
     BindableProvider,
     Clock,
+    ClockSkewDetected,
     ConnectionInfo,
     ConnectionOpened,
     ConnectionRetired,
@@ -30,6 +31,7 @@ from asyncpool_creds import (
     Credentials,
     CredentialUnavailable,
     Event,
+    ExpiredSessionsServed,
     InsecureTransport,
     ManagerClosed,
     ManagerStats,
@@ -142,6 +144,12 @@ def observe(event: Event) -> None:
             tls: TlsState = event.tls
             assert_type(tls, TlsState)
             assert_type(event.size, int)
+        case ClockSkewDetected():
+            assert_type(event.skew, float)
+        case ExpiredSessionsServed():
+            assert_type(event.connections, int)
+            assert_type(event.since, datetime)
+            assert_type(event.error, BaseException | None)
         case ConnectionOpened():
             assert_type(event.replacement, bool)
         case ConnectionRetired():
