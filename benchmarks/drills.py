@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
 import math
 import random
@@ -351,19 +350,18 @@ Contender: TypeAlias = Callable[[str, TokenIssuer, Timing], AbstractAsyncContext
 """Opens a pool by its DSN, for tokens of an issuer."""
 
 
-def ours(**settings: Any) -> Contender:  # create_pool's own
-    """Return our pool, with these settings; those that the installed version does not have yet are left out."""
-    return partial(_ours, settings)
+def ours(*, connect_patience: float = 0.0, **settings: Any) -> Contender:  # create_pool's own
+    """Return our pool with these settings; a patient one has a manager that is as patient."""
+    return partial(_ours, {"connect_patience": connect_patience, **settings})
 
 
 @asynccontextmanager
 async def _ours(settings: Mapping[str, Any], dsn: str, issuer: TokenIssuer, timing: Timing) -> AsyncGenerator[Ask]:
     source = OAuth2(token_url=issuer.token_url, client_id=ROLE, client_secret=_SECRET)
-    patience = _accepted(TokenManager, {"patience": settings.get("connect_patience", 0)})
-    async with TokenManager(source, refresh_threshold=timing.last_fifth, **patience) as manager:
-        accepted = _accepted(asyncpool_creds.create_pool, settings)
+    patience = settings["connect_patience"]
+    async with TokenManager(source, refresh_threshold=timing.last_fifth, patience=patience) as manager:
         pool: AnyPool = asyncpool_creds.create_pool(
-            dsn, credentials=manager, min_size=CONNECTIONS, max_size=CONNECTIONS, **accepted
+            dsn, credentials=manager, min_size=CONNECTIONS, max_size=CONNECTIONS, **settings
         )
         async with _opened(pool):
             yield partial(_ask_asyncpg, pool)
@@ -456,11 +454,6 @@ class _CachedToken:
         asked_at = time.time()
         answer = (await self._client.post(self._url, data=form)).raise_for_status().json()
         self._token, self._ends_at = answer["access_token"], asked_at + answer["expires_in"]
-
-
-def _accepted(function: Callable[..., object], settings: Mapping[str, Any]) -> dict[str, Any]:
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in settings.items() if name in known}
 
 
 CONTENDERS: Final[Mapping[str, Contender]] = {
