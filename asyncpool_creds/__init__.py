@@ -16,6 +16,7 @@ from asyncpool_creds._errors import (
 )
 from asyncpool_creds._events import (
     ClockSkewDetected,
+    ConnectFailed,
     ConnectionOpened,
     ConnectionRetired,
     CredentialInvalidated,
@@ -44,6 +45,7 @@ __all__ = [
     "BindableProvider",
     "Clock",
     "ClockSkewDetected",
+    "ConnectFailed",
     "ConnectionInfo",
     "ConnectionOpened",
     "ConnectionRetired",

@@ -12,7 +12,7 @@ import asyncpg
 
 from asyncpool_creds._errors import CredentialError
 
-__all__ = ["is_passing", "is_refusal", "reached_authentication"]
+__all__ = ["class_and_code", "is_passing", "is_refusal", "reached_authentication"]
 
 # 28000 (invalid_authorization_specification) also covers refusals that no new token mends.
 _NOT_THE_CREDENTIAL: Final = (
@@ -147,6 +147,12 @@ def reached_authentication(error: BaseException) -> bool:
         and not is_passing(error)
         and not any(text in _text(error) for text in ("pg_hba.conf", "ssl connections", "tls connections"))
     )
+
+
+def class_and_code(error: BaseException) -> str:
+    """Return the class of `error`, and its SQLSTATE if it has one: its text may quote what nobody is to read."""
+    code = getattr(error, "sqlstate", None)
+    return type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
 
 
 def _is_passing_failure(error: OSError) -> bool:

@@ -37,14 +37,21 @@ class ConnectLine:
         loop: The event loop.
         patience: Seconds for which a caller goes on trying; 0: not at all, as asyncpg.
         passes: Decides whether the error of a connect passes by itself.
+        report: Called with the error of each failed attempt, how many are waiting, and the seconds until the next.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, *, patience: float, passes: Callable[[BaseException], bool]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        patience: float,
+        passes: Callable[[BaseException], bool],
+        report: Callable[[Exception, int, float], None],
     ) -> None:
         self._loop: Final = loop
         self._patience: Final = patience
         self._passes: Final = passes
+        self._report: Final = report
         self._line: Final[list[_Turn]] = []
         self._failures = 0
         self._error: Exception = asyncpg.InterfaceError("no connect has been tried yet")
@@ -125,6 +132,7 @@ class ConnectLine:
         self._failures += 1
         delay = _policy.reconnect_delay(self._failures, chance=random.random())  # noqa: S311 - jitter
         self._next_attempt_at = self._loop.time() + delay
+        self._report(error, max(len(self._line), 1), delay)
 
     def _last_error(self) -> Exception:
         # A copy, because it is raised to several, and each adds frames of its own.

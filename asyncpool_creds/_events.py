@@ -14,6 +14,7 @@ from asyncpool_creds._event_log import Entry, EventLog, Sentence, duration, quot
 
 __all__ = [
     "ClockSkewDetected",
+    "ConnectFailed",
     "ConnectionOpened",
     "ConnectionRetired",
     "CredentialInvalidated",
@@ -259,6 +260,24 @@ class ConnectionOpened(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectFailed(Event):
+    """A connect that acquires wait for failed in a way that passes, and is tried again (`connect_patience`).
+
+    Args:
+        error: The exception.
+        message: Its class, and its SQLSTATE if it has one.
+        waiting: How many acquires are waiting for it.
+        retry_in: Seconds until the next attempt.
+    """
+
+    # Not shown: the text of what is none of ours may quote a request.
+    error: BaseException = field(repr=False)
+    message: str
+    waiting: int
+    retry_in: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionRetired(Event):
     """A pool stopped handing a connection out, and closes it.
 
@@ -450,7 +469,10 @@ def _(event: ConnectionOpened) -> Entry:
     what = (
         "Opened a connection%s in %s, to take another's place." if event.replacement else "Opened a connection%s in %s."
     )
-    recoveries: tuple[tuple[str, Sentence], ...] = (("refusal", ("The server accepts credentials again",)),)
+    recoveries: tuple[tuple[str, Sentence], ...] = (
+        ("refusal", ("The server accepts credentials again",)),
+        ("connect", ("The server takes connections again",)),
+    )
     if event.replacement:
         recoveries += (("replacement", ("Connections are replaced again",)),)
     return Entry(
@@ -464,6 +486,20 @@ def _(event: ConnectionOpened) -> Entry:
 def _(event: ConnectionRetired) -> Entry:
     values = (_of_generation(event.generation), duration(event.age), quoted(event.reason))
     return Entry(level=logging.DEBUG, sentences=(("Retired a connection%s after %s: %s.", *values),))
+
+
+@_entry_of.register
+def _(event: ConnectFailed) -> Entry:
+    waiting = "1 acquire is" if event.waiting == 1 else f"{event.waiting} acquires are"
+    return Entry(
+        level=logging.WARNING,
+        sentences=(
+            ("No connection can be opened: %s; %s waiting for one.", quoted(event.message), waiting),
+            ("Next attempt in %s.", duration(event.retry_in)),
+        ),
+        failure="connect",
+        error=event.error,
+    )
 
 
 @_entry_of.register

@@ -22,12 +22,13 @@ from asyncpg.pool import PoolConnectionHolder
 
 from asyncpool_creds import _fork, _policy
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._connect_errors import is_passing, is_refusal
+from asyncpool_creds._connect_errors import class_and_code, is_passing, is_refusal
 from asyncpool_creds._connect_line import ConnectLine
 from asyncpool_creds._connector import AnyConnection, ConnectFunction, Connector, check_arguments
 from asyncpool_creds._errors import ManagerClosed
 from asyncpool_creds._events import (
     ClockSkewDetected,
+    ConnectFailed,
     ConnectionOpened,
     ConnectionRetired,
     CredentialRefreshed,
@@ -194,7 +195,9 @@ class CredentialPool(_Pool[RecordT]):
         super().__init__(dsn, **arguments)
 
         self._slot_queue = SlotQueue(fair=fair)
-        self._connect_line = ConnectLine(self._loop, patience=patience, passes=is_passing)
+        self._connect_line = ConnectLine(
+            self._loop, patience=patience, passes=is_passing, report=self._report_connect_failure
+        )
         # With a reset= of the user's own, too, which is for asyncpg to call.
         self._checks_out_itself = fast_path and is_supported()
         self._fast_path: FastPath | None = None
@@ -518,6 +521,12 @@ class CredentialPool(_Pool[RecordT]):
         )
         return connection
 
+    def _report_connect_failure(self, error: Exception, waiting: int, retry_in: float) -> None:
+        message = class_and_code(error)
+        self._events(
+            ConnectFailed(at=utc_now(self._clock), error=error, message=message, waiting=waiting, retry_in=retry_in)
+        )
+
     async def _connect_once(self) -> AnyConnection:
         try:
             return await super()._get_new_connection()
@@ -562,6 +571,11 @@ class CredentialPool(_Pool[RecordT]):
         """Return why `connection` must not be handed out any more, or None."""
         session = self._sessions.get(connection)
         return None if session is None else session.ended(self._clock, self._retire_when, self._rotation.epoch)
+
+    def is_irreplaceable(self, connection: AnyConnection) -> bool:
+        """Return whether `connection` is served past the end of its credential, and no other can be had."""
+        session = self._sessions.get(connection)
+        return session is not None and self._rotation.serves_on(session)
 
     def is_worth_replacing(self, connection: AnyConnection) -> bool:
         """Return whether `connection` is past the end of its credential, and a better one may be had."""

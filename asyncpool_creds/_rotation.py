@@ -16,6 +16,7 @@ import asyncpg
 from asyncpool_creds import _policy
 from asyncpool_creds._alarm import Alarm
 from asyncpool_creds._clock import Clock, utc_now
+from asyncpool_creds._connect_errors import class_and_code
 from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._events import ExpiredSessionsServed, Observers, ReplacementFailed, RetireReason
 from asyncpool_creds._manager import Stamp
@@ -199,6 +200,7 @@ class Rotation:
         # Sessions past their end are handed out, because an attempt to replace them failed or took too long.
         self._serves_overdue = False
         self._overdue_since = utc_now(clock)
+        self._failure: Exception | None = None  # of the latest attempt to open a replacement
         self._next_try = -math.inf  # of an attempt that only a call begins
         self._waiting: set[asyncio.Future[None]] = set()  # acquires, for the replacement of what they would get
         self._pausing: asyncio.Event | None = None
@@ -255,6 +257,7 @@ class Rotation:
 
     def recovered(self) -> None:
         """Try again at once: there is a newer credential, or the server has taken a connection."""
+        self._failure = None
         if self._pausing is not None and self._pauses_after_failure:
             self._pausing.set()
 
@@ -267,9 +270,13 @@ class Rotation:
             return False
         if self._serves_overdue:
             self._attempt_on_call()
-        elif self._host.is_source_failing():
-            self._serve_overdue(None)
+        elif self._failure is not None or self._host.is_source_failing():
+            self._serve_overdue(self._failure)
         return not self._serves_overdue
+
+    def serves_on(self, session: Session) -> bool:
+        """Return whether a connection is past the end of its credential, and no other can be had."""
+        return self._serves_overdue and session.is_overdue(self._clock, self._retire_when)
 
     async def wait_for_replacement(self, slot: Slot) -> None:
         """Wait until the connection in `slot`, which is past its end, has been replaced, or until that is given up.
@@ -278,7 +285,6 @@ class Rotation:
         """
         old = slot.connection
         timer = self._loop.call_later(_REPLACEMENT_GRACE, self._serve_overdue, None)
-        self._stop_alarm()
         self.look()
         self._attempt_on_call()
         if self._pausing is not None:
@@ -437,6 +443,7 @@ class Rotation:
                 await asyncio.sleep(1 / self._per_second)
                 continue
             attempt = 0
+            self._failure = None
             self.replaced += 1
             cost = self._loop.time() - started
             # Superseded before it stood: a connect takes longer than a credential is current. Still the better one.
@@ -493,6 +500,7 @@ class Rotation:
     ) -> bool:
         """Report a failure, and wait for the next attempt; return False if there is none before the next call."""
         self.failures += 1
+        self._failure = error
         is_full = isinstance(error, asyncpg.TooManyConnectionsError) and not self._one_for_one
         if is_full:
             self._one_for_one = True
@@ -504,9 +512,9 @@ class Rotation:
             chance = random.random()  # noqa: S311 - jitter
             delay = _policy.retry_delay(attempt, remaining=remaining, retry_after=None, chance=chance)
         self._serve_overdue(error)
-        code = getattr(error, "sqlstate", None)
-        name = type(error).__name__ if code is None else f"{type(error).__name__} ({code})"
-        self._observers(ReplacementFailed(at=utc_now(self._clock), error=error, message=name, retry_in=delay))
+        self._observers(
+            ReplacementFailed(at=utc_now(self._clock), error=error, message=class_and_code(error), retry_in=delay)
+        )
         self._close_ended()
         self._next_try = self._loop.time() + delay
         if not self._in_background and not is_full:

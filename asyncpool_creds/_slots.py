@@ -125,6 +125,10 @@ class SlotOwner(Protocol):
         """Return why `connection` must not be handed out any more, or None."""
         ...
 
+    def is_irreplaceable(self, connection: AnyConnection) -> bool:
+        """Return whether `connection` is served past the end of its credential, and no other can be had."""
+        ...
+
     def is_worth_replacing(self, connection: AnyConnection) -> bool:
         """Return whether `connection` is past the end of its credential, and a better one may be had."""
         ...
@@ -248,8 +252,12 @@ class Slot(_Holder):
             self._setup_inactive_callback()
 
     def deactivate(self) -> None:
-        """Close a connection that has been at rest for long enough."""
-        self._deactivate_inactive_connection()
+        """Close a connection that has been at rest for long enough, if another can be had when it is wanted."""
+        owner: SlotOwner = self._pool
+        if self._con is not None and owner.is_irreplaceable(self._con):
+            self._setup_inactive_callback()
+        else:
+            self._deactivate_inactive_connection()
 
     def _setup_inactive_callback(self) -> None:
         if self._inactive_callback is not None:

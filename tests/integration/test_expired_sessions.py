@@ -251,3 +251,18 @@ async def test_a_pool_without_a_session_fails_with_its_source(cloud):
             await pool.fetchval("SELECT 1")
         assert pool.stats().past_end == 0
         assert pool.stats().past_end_since is None
+
+
+async def test_a_session_that_cannot_be_replaced_is_not_closed_for_being_idle(cloud):
+    cloud.provider.play(600, DOWN)
+    async with cloud.pool(max_inactive_connection_lifetime=0.2) as pool:
+        old = set(await pids_of(pool, 2))
+        cloud.clock.advance(700)
+        assert set(await pids_of(pool, 2)) == old
+        await asyncio.sleep(0.5)
+        assert set(await pids_of(pool, 2)) == old
+
+        cloud.provider.play(600)
+        await pool.manager.refresh()
+        await cloud.until(lambda: pool.stats().past_end == 0)
+        assert not old & set(await pids_of(pool, 2))

@@ -37,9 +37,13 @@ class Server:
         return connect
 
 
-def new_line(patience: float = 10.0) -> ConnectLine:
+def new_line(patience: float = 10.0, reports: list[tuple[Exception, int, float]] | None = None) -> ConnectLine:
+    told: list[tuple[Exception, int, float]] = [] if reports is None else reports
     return ConnectLine(
-        asyncio.get_running_loop(), patience=patience, passes=lambda error: isinstance(error, ConnectionError)
+        asyncio.get_running_loop(),
+        patience=patience,
+        passes=lambda error: isinstance(error, ConnectionError),
+        report=lambda *report: told.append(report),
     )
 
 
@@ -116,6 +120,18 @@ async def test_a_caller_gives_up_when_its_patience_has_ended(clock):
     assert [type(error) for error in errors] == [ConnectionRefusedError] * 2
     assert len({id(error) for error in errors}) == 2
     assert all("connect_patience=3 s" in note for error in errors for note in error.__notes__)
+
+
+async def test_each_failed_attempt_is_reported_with_how_many_wait(clock):
+    reports: list[tuple[Exception, int, float]] = []
+    error = ConnectionRefusedError()
+    line, server = new_line(2, reports), Server(error=error)
+
+    await asyncio.gather(*start(line, server, "a", "b", "c"), return_exceptions=True)
+
+    assert {report[0] for report in reports} == {error}
+    assert reports[-1][1] == 3
+    assert all(0 < report[2] <= 1 for report in reports)
 
 
 async def test_an_error_that_cannot_be_copied_is_raised_itself(clock):

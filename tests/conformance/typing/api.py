@@ -16,6 +16,7 @@ from asyncpool_creds import (
     BindableProvider,
     Clock,
     ClockSkewDetected,
+    ConnectFailed,
     ConnectionInfo,
     ConnectionOpened,
     ConnectionRetired,
@@ -150,6 +151,9 @@ def observe(event: Event) -> None:
             assert_type(event.connections, int)
             assert_type(event.since, datetime)
             assert_type(event.error, BaseException | None)
+        case ConnectFailed():
+            assert_type(event.error, BaseException)
+            assert_type(event.waiting, int)
         case ConnectionOpened():
             assert_type(event.replacement, bool)
         case ConnectionRetired():
