@@ -476,7 +476,8 @@ class Outcome:
         failed: How many of them raised.
         in_flight: How many of those lost their connection under the query.
         longest: Seconds that the longest took, from asking for a connection to an answer or an error.
-        recovered: Seconds from the end of the fault to the end of the last query that failed or was stalled.
+        recovered: Seconds from the end of the fault to the end of the last query that failed or was stalled; one whose
+            connection is cut is no sign of the fault.
         errors: Types of the errors, and how often each was raised.
         is_well: Whether the latest queries were answered (or in flight), as many as there are workers.
     """
@@ -600,7 +601,7 @@ def _outcome(side: _Side) -> Outcome:
         failed=len(failed),
         in_flight=sum(query.in_flight for query in bad),
         longest=max(query.ended - query.began for query in side.queries),
-        recovered=max([0.0, *(query.ended - side.fault_over for query in bad)]),
+        recovered=max([0.0, *(query.ended - side.fault_over for query in bad if not query.in_flight)]),
         errors=Counter(failed),
         is_well=all(query.error is None or query.in_flight for query in side.queries[-WORKERS:]),
     )
