@@ -50,7 +50,7 @@ _POOLER_REFUSALS: Final = (
 _OVERLOAD: Final = re.compile(
     r"""
       \btoo\ many\ (?:\w+\ ){0,3}(?:requests?|connections?|clients?|attempts?|logins?|sessions?|errors|failures)\b
-    | \b(?:rate|limit|quota)\b[^.;]*\bexceeded\b | \bexceeded\b[^.;]*\b(?:rate|limit|quota)\b | \brate[ -]limit
+    | \b(?:rate|quota)\b[^.;]*\bexceeded\b | \bexceeded\b[^.;]*\b(?:rate|quota)\b | \b(?:rate|connections?)[ -]limit
     | \bthrottl | \boverload
     | \bmaximum\ number\ of\ (?:client\ )?connections\b
     | \bmax(?:imum)?[ _](?:client[ _]connections?|clients?|client_conn)\b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import sys
 import weakref
 from collections.abc import Callable, Coroutine
@@ -12,6 +13,7 @@ import asyncpg
 
 from asyncpool_creds._clock import utc_now
 from asyncpool_creds._connect_errors import reached_authentication
+from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import CredentialError, InsecureTransport
 from asyncpool_creds._events import CredentialRefused, Observers
 from asyncpool_creds._manager import Stamp, TokenManager
@@ -20,10 +22,13 @@ from asyncpool_creds._target import (
     RequireTls,
     Route,
     ambient_passwords,
+    ambient_state,
     forbid_password,
     is_local,
+    names_host,
     names_user,
     read_route,
+    read_tls_context,
     require_tls,
     routing_arguments,
 )
@@ -94,18 +99,21 @@ class Connector:
         self._is_refusal = is_refusal
         self._observers = observers
         self._tls = TlsContext()
-        self._read: tuple[str | None, dict[str, object], Route, bool] | None = None
+        self._read: tuple[tuple[object, ...], Route, bool] | None = None
         self._told = set[tuple[str, ...]]() if told is None else told
+        self._has_looked_around = False
         self._accepted: weakref.WeakSet[Stamp] = weakref.WeakSet()
         self._refused_when_new: weakref.WeakSet[Stamp] = weakref.WeakSet()
 
     def route(self, dsn: str | None, arguments: dict[str, object]) -> tuple[Route, bool]:
         """Return the route of these arguments, and whether TLS has to be forced on it: its `tls` counts that in.
 
-        Read once for as long as the arguments stay the same: reading builds an SSLContext.
+        Read once for as long as the arguments, the environment and the service file stay the same: reading builds an
+        SSLContext.
         """
         routing = routing_arguments(arguments)
-        if self._read is None or self._read[0] != dsn or self._read[1] != routing:
+        state = dsn, routing, ambient_state(dsn, routing)
+        if self._read is None or self._read[0] != state:
             forbid_password(dsn, arguments)
             try:
                 route = read_route(dsn, routing)
@@ -117,20 +125,25 @@ class Connector:
             force_tls = require_tls(route, self._require_tls)
             if force_tls:
                 route = read_route(dsn, {**routing, "ssl": "require"})
-            self._read = dsn, routing, route, force_tls
-            self._warn_of(dsn, routing, route)
-        return self._read[2], self._read[3]
+            self._read = state, route, force_tls
+            self._warn_of_unverified(route)
+        return self._read[1], self._read[2]
 
     async def open(self, dsn: str | None, arguments: dict[str, object]) -> tuple[AnyConnection, Stamp]:
         """Return a new connection, and the stamp of the credential it was opened with."""
         route, force_tls = self.route(dsn, arguments)
         if force_tls:
             arguments = {**arguments, "ssl": "require"}
-        if not self._is_custom and route.left_out:
+        if not self._is_custom and not names_host(dsn, arguments, variables=False):
+            # What the guard has looked at is where it goes, whatever becomes of the environment or a service file
+            # while the credential is fetched.
             hosts, ports = zip(*((target.host, target.port) for target in route.targets), strict=True)
             arguments = {**arguments, "host": list(hosts), "port": list(ports)}
         if not self._is_custom and route.is_encrypted:
             context = self._tls.of(dsn, routing_arguments(arguments))
+            if context is None and not isinstance(arguments.get("ssl"), ssl.SSLContext):
+                # Of a service file, which might say something else by the time of the connect.
+                context = read_tls_context(dsn, routing_arguments(arguments))
             if context is not None:
                 arguments = {**arguments, "ssl": context}
         several = len(route.targets) > 1
@@ -152,7 +165,7 @@ class Connector:
         # After a refusal under TLS, asyncpg's sslmode=prefer tries without; 0.30 and 0.31 then report that one only.
         return (
             self._read is not None
-            and self._read[2].tls == "preferred"
+            and self._read[1].tls == "preferred"
             and isinstance(error, asyncpg.InvalidAuthorizationSpecificationError)
             and "no encryption" in str(error)
             and error.__cause__ is None
@@ -225,6 +238,7 @@ class Connector:
         self, manager: TokenManager, stamp: Stamp, dsn: str | None, arguments: dict[str, object], *, force_tls: bool
     ) -> AnyConnection:
         credential = stamp.credential
+        self._warn_of_ambient_passwords(credential, dsn, arguments)
         if credential.user is not None:
             self._warn_of_overruled_user(manager, credential.user, dsn, arguments)
             arguments = {**arguments, "user": credential.user}
@@ -264,7 +278,7 @@ class Connector:
 
     # -- what is told once
 
-    def _warn_of(self, dsn: str | None, routing: dict[str, object], route: Route) -> None:
+    def _warn_of_unverified(self, route: Route) -> None:
         remote = [target.host for target in route.targets if not is_local(target.host)]
         if remote and route.tls == "unverified" and self._require_tls is not False:
             self._warn(
@@ -272,15 +286,23 @@ class Connector:
                 f"{remote[0]!r}: TLS, but the server is not verified: use sslmode=verify-full, with sslrootcert= naming"
                 " the authority that issued its certificate, or whoever answers in its place gets the credential",
             )
-        for name in ambient_passwords(dsn, routing):
+
+    def _warn_of_ambient_passwords(self, credential: Credential, dsn: str | None, arguments: dict[str, object]) -> None:
+        if self._has_looked_around:
+            return
+        self._has_looked_around = True
+        for name in ambient_passwords(dsn, arguments, besides=credential.password):
             self._warn(
-                ("ambient", name), f"{name} is set, and not used: credentials= comes first; unset what is not needed"
+                ("ambient", name),
+                f"{name} is set, and not used: credentials= comes first; unset it, unless a source of yours reads it",
             )
 
     def _warn_of_overruled_user(
         self, manager: TokenManager, user: str, dsn: str | None, arguments: dict[str, object]
     ) -> None:
-        stated = None if self._read is None else self._read[2].targets[0].user
+        if self._one_manager_per_host:
+            return  # such a source was given the user of the arguments, and knows what it is called at the server
+        stated = None if self._read is None else self._read[1].targets[0].user
         topic = ("user", str(stated))
         if stated not in (None, user) and topic not in self._told and names_user(dsn, arguments):
             self._warn(

@@ -8,20 +8,41 @@ from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Self
 
-from asyncpool_creds._expiry import read_validity
+from asyncpool_creds._expiry import LONGEST_PASSWORD, read_validity
 
-__all__ = ["Credential"]
+__all__ = ["Credential", "Sealed", "password_flaw", "text_flaw"]
 
 # Fingerprints are keyed and die with the process: a hash of a short password that
 # anyone could recompute from a log would be the password itself, a little slower.
 _FINGERPRINT_KEY: Final = os.urandom(32)
 
 
+class Sealed:
+    """A field that nobody can copy, so that whoever copies field by field gets an error instead of secrets.
+
+    Args:
+        message: What the error says.
+    """
+
+    __slots__ = ("_message",)
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(self._message)
+
+    __deepcopy__ = __reduce__ = _refuse
+
+
+_SEAL: Final = Sealed("a Credential is not copied field by field, since that would show its secret: read what you need")
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
     """A user's password or token, immutable, with the time it ends.
 
-    The secret is never part of ``repr`` or ``str``, and a credential refuses to be pickled.
+    The secret is never part of ``repr`` or ``str``, and ``pickle`` and ``dataclasses.asdict`` refuse to copy it.
 
     Args:
         password: The password or token to give to the server.
@@ -38,9 +59,12 @@ class Credential:
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A datetime is naive, or the password is empty.
+        ValueError: A datetime is naive; the password is empty, or longer than 65,535 bytes (PostgreSQL's own limit);
+            password or user have characters that PostgreSQL cannot receive.
     """
 
+    # First, so that nothing was copied before it.
+    seal: object = field(default=_SEAL, init=False, repr=False, compare=False)
     password: str = field(repr=False)
     _: KW_ONLY
     user: str | None = None
@@ -54,12 +78,14 @@ class Credential:
             raise TypeError(f"Credential: password must be a str, not {type(self.password).__name__}")
         if not self.password:
             raise ValueError("Credential: password is empty; the source gave no token")
-        if "\0" in self.password or any("\ud800" <= character <= "\udfff" for character in self.password):
-            raise ValueError("Credential: password contains a NUL or a lone surrogate, which PostgreSQL cannot receive")
+        if flaw := password_flaw(self.password):
+            raise ValueError(f"Credential: password {flaw}")
         for name in ("user", "version"):
             value: object = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise TypeError(f"Credential: {name} must be a non-empty str or None, not {type(value).__name__}")
+        if self.user is not None and (flaw := text_flaw(self.user)):
+            raise ValueError(f"Credential: user {flaw}")
         for name in ("expires_at", "refresh_at"):
             object.__setattr__(self, name, _aware_utc(name, getattr(self, name)))
 
@@ -106,6 +132,26 @@ class Credential:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Credential cannot be pickled: fetch it again where it is needed")
+
+    # What a dataclass with slots has for pickle, and others call for the same purpose.
+    def __getstate__(self) -> NoReturn:
+        self.__reduce__()
+
+
+def password_flaw(password: str) -> str | None:
+    """Return why PostgreSQL cannot receive `password`, as the end of a sentence about it; None if it can."""
+    too_long = f"has more than {LONGEST_PASSWORD} bytes, and PostgreSQL takes no more (PG_MAX_AUTH_TOKEN_LENGTH)"
+    if len(password) > LONGEST_PASSWORD:
+        return too_long
+    return text_flaw(password) or (too_long if len(password.encode()) > LONGEST_PASSWORD else None)
+
+
+def text_flaw(text: str) -> str | None:
+    """Return why PostgreSQL cannot receive `text` as a name or password, as the end of a sentence; None if it can."""
+    # Behind a NUL in a user, a server would read further parameters of the session.
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds characters that no server accepts: a NUL, or a lone surrogate"
+    return None
 
 
 def _aware_utc(name: str, value: datetime | None) -> datetime | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import ipaddress
 import os
 import ssl
 from collections.abc import Mapping
@@ -13,8 +12,10 @@ from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from asyncpg import connect_utils
+from asyncpg.compat import get_pg_home_directory
 
 from asyncpool_creds._errors import InsecureTransport
+from asyncpool_creds._loopback import is_loopback
 from asyncpool_creds._provider import Target
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "Route",
     "TlsLevel",
     "ambient_passwords",
+    "ambient_state",
+    "file_state",
     "forbid_password",
     "is_local",
+    "names_host",
     "names_user",
     "read_route",
     "read_tls_context",
@@ -39,7 +43,14 @@ TlsLevel: TypeAlias = Literal["verified", "authority", "unverified", "preferred"
 _parse: Final[Any] = getattr(connect_utils, "_parse_connect_dsn_and_args")  # noqa: B009 - the stubs leave it out
 _PARSED: Final = frozenset(inspect.signature(_parse).parameters)
 
-_LOOPBACK_6: Final = ipaddress.IPv6Address("::1")  # without a zone, which would be part of the comparison
+# Where libpq looks, and asyncpg from 0.31 on: https://www.postgresql.org/docs/current/libpq-pgservice.html
+_SERVICE_FILE: Final = ".pg_service.conf"
+# All that asyncpg reads.
+_VARIABLES: Final = (
+    *("PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGTARGETSESSIONATTRS", "PGSERVICE", "PGSERVICEFILE"),
+    *("PGSSLMODE", "PGSSLNEGOTIATION", "PGSSLROOTCERT", "PGSSLCRL", "PGSSLCERT", "PGSSLKEY"),
+)
+
 
 # Among the directories in which asyncpg looks for a socket by itself; anybody on the host can put one there.
 _SHARED_DIRECTORIES: Final = ("/tmp", "/private/tmp")  # noqa: S108
@@ -92,6 +103,27 @@ def routing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name in _PARSED}
 
 
+def ambient_state(dsn: str | None, arguments: Mapping[str, object]) -> tuple[object, ...]:
+    """Return what a route depends on besides `dsn` and `arguments`: as long as this is equal, so is the route."""
+    service = arguments.get("service") or os.environ.get("PGSERVICE") or "service=" in (dsn or "")
+    variables = tuple(os.environ.get(name) for name in _VARIABLES)
+    if not service:
+        return variables
+    stated = arguments.get("servicefile") or os.environ.get("PGSERVICEFILE")
+    home = get_pg_home_directory()
+    files = [Path(str(stated))] if stated else [] if home is None else [Path(home, _SERVICE_FILE)]
+    return (*variables, *map(file_state, files))
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when the content of a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
     """Return the route that `dsn` and the routing `arguments` describe.
 
@@ -101,7 +133,7 @@ def read_route(dsn: str | None, arguments: Mapping[str, object]) -> Route:
     addresses, parameters = _read(dsn, arguments)
     targets = tuple(_target(address, parameters.user, parameters.database) for address in addresses)
     left_out: tuple[str, ...] = ()
-    if len(targets) > 1 and not _names_host(dsn, arguments):
+    if len(targets) > 1 and not names_host(dsn, arguments):
         left_out = tuple(target.host for target in targets if target.host in _SHARED_DIRECTORIES)
         targets = tuple(target for target in targets if target.host not in left_out)
     return Route(targets, _tls_level(parameters), parameters.target_session_attrs.value, left_out)
@@ -197,9 +229,16 @@ def forbid_password(dsn: str | None, arguments: Mapping[str, object]) -> None:
         raise ValueError("the DSN carries a password and credentials= is given; remove the one in the DSN")
 
 
-def ambient_passwords(dsn: str | None, arguments: Mapping[str, object]) -> list[str]:
-    """Return what else would give asyncpg a password, and is not used: variables, and password files that exist."""
-    found = ["PGPASSWORD"] if os.environ.get("PGPASSWORD") else []
+def ambient_passwords(dsn: str | None, arguments: Mapping[str, object], *, besides: str) -> list[str]:
+    """Return what else would give asyncpg a password: a variable, and a password file that exists.
+
+    Args:
+        dsn: Of the connection.
+        arguments: Of the connection.
+        besides: The password that is used. A variable that holds the same is where it came from.
+    """
+    variable = os.environ.get("PGPASSWORD", "").rstrip("\r\n")
+    found = ["PGPASSWORD"] if variable and variable != besides else []
     stated = arguments.get("passfile") or next(iter(parse_qs(urlsplit(dsn or "").query).get("passfile", ())), None)
     name, path = ("passfile", stated) if stated else ("PGPASSFILE", os.environ.get("PGPASSFILE"))
     if path and Path(str(path)).is_file():
@@ -215,13 +254,17 @@ def names_user(dsn: str | None, arguments: Mapping[str, object]) -> bool:
     )
 
 
-def _names_host(dsn: str | None, arguments: Mapping[str, object]) -> bool:
+def names_host(dsn: str | None, arguments: Mapping[str, object], *, variables: bool = True) -> bool:
+    """Return whether a host is stated in the arguments or, with `variables`, in the environment.
+
+    A service file may still name one.
+    """
     parts = urlsplit(dsn or "")
     return bool(
         arguments.get("host")
         or parts.netloc.rpartition("@")[2]
         or any(parse_qs(parts.query).get("host", ()))
-        or os.environ.get("PGHOST")
+        or (variables and os.environ.get("PGHOST"))
     )
 
 
@@ -230,17 +273,5 @@ def _is_socket(host: str) -> bool:
 
 
 def is_local(host: str) -> bool:
-    """Return whether `host` is a Unix socket, or certain to be this machine's loopback.
-
-    That is ``localhost``, 127.0.0.0/8 in four decimal parts, and ``::1``. Whatever else may lead there (a zone, another
-    spelling, an IPv4 address in an IPv6 one) is for a resolver to interpret, so it counts as another machine.
-    """
-    if _is_socket(host) or host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv4Address):
-        return address.is_loopback
-    return address == _LOOPBACK_6
+    """Return whether `host` is a Unix socket, or certain to be this machine's loopback."""
+    return _is_socket(host) or is_loopback(host)

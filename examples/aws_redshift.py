@@ -13,10 +13,11 @@ and for a serverless workgroup::
 
 Settings come from the environment::
 
-    DATABASE_URL  postgresql://app@sales.abc123.eu-west-1.redshift.amazonaws.com:5439/dev?sslmode=require
+    DATABASE_URL  postgresql://app@sales.abc123.eu-west-1.redshift.amazonaws.com:5439/dev?sslmode=verify-full&sslrootcert=amazon-trust-ca-bundle.crt
     CLUSTER       where the URL does not name it, because it leads through a tunnel
 
-and whatever botocore takes: a profile, a role, a web identity, a container or an instance need nothing more.
+and whatever botocore takes: a profile, a role, a web identity, a container or an instance need nothing more. The
+certificates are at https://s3.amazonaws.com/redshift-downloads/amazon-trust-ca-bundle.crt
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 pip install 'asyncpool-creds[oauth2]' fastapi uvicorn
 
 OIDC_ISSUER=https://login.example.com OIDC_CLIENT_ID=app OIDC_CLIENT_SECRET=... \
-DATABASE_URL=postgresql://app@db.example.com/app uvicorn --app-dir examples fastapi_service:app
+DATABASE_URL='postgresql://app@db.example.com/app?sslmode=verify-full' uvicorn --app-dir examples fastapi_service:app
 """
 
 import os

@@ -9,7 +9,7 @@ What the project needs, once::
 
 Settings come from the environment::
 
-    DATABASE_URL    postgresql://10.20.0.3/app?sslmode=verify-ca&sslrootcert=server-ca.pem
+    DATABASE_URL    postgresql://0123abcd.5678ef.europe-west1.sql.goog/app?sslmode=verify-full&sslrootcert=server-ca.pem
     CLOUD_SQL_USER  leave it out to log in as the account itself; your own login does not know its address
 
 On Google Cloud, the service account of the host is used; elsewhere, the file that

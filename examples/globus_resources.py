@@ -8,7 +8,7 @@ Settings come from the environment::
                           (globus-sdk: json.dump(response.data, file))
     GLOBUS_DATABASE       the resource server that the database is, such as 6c54e3c5-6b1f-4a54-9f0e-6a8b0a1c9f02
     GLOBUS_AUTH           leave it out for https://auth.globus.org
-    DATABASE_URL          postgresql://app@db.example.org/app
+    DATABASE_URL          postgresql://app@db.example.org/app?sslmode=verify-full
 
 Tokens are kept in memory here. Where refresh tokens must outlive the program, pass
 storage=FileStorage("tokens") (asyncpool_creds.storage.file), and store a login only once.

@@ -1,7 +1,7 @@
 """A pool on the tokens of an OAuth 2.0 issuer.
 
 OIDC_ISSUER=https://login.example.com OIDC_CLIENT_ID=app OIDC_CLIENT_SECRET=... \
-DATABASE_URL=postgresql://app@db.example.com/app python examples/plain_asyncio.py
+DATABASE_URL='postgresql://app@db.example.com/app?sslmode=verify-full' python examples/plain_asyncio.py
 """
 
 import asyncio

@@ -4,7 +4,8 @@ What Vault needs, once, from an administrator::
 
     vault secrets enable database
     vault write database/config/orders plugin_name=postgresql-database-plugin allowed_roles=orders \
-        connection_url='postgresql://{{username}}:{{password}}@db.example.com/orders' username=vault password=...
+        connection_url='postgresql://{{username}}:{{password}}@db.example.com/orders?sslmode=verify-full' \
+        username=vault password=...
     vault write database/roles/orders db_name=orders default_ttl=1h max_ttl=24h creation_statements="\
         CREATE ROLE \"{{name}}\" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE orders"
 

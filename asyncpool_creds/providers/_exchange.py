@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import anyio
 
 from asyncpool_creds._clock import utc_now
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, StorageFailed, log_event
-from asyncpool_creds._tracebacks import clear_frames
+from asyncpool_creds._tracebacks import clear_frames, place_of
+from asyncpool_creds.providers._spent import SPENT, is_mark_of, mark_of
 from asyncpool_creds.providers._token_endpoint import Answer, Failure, refresh_token_in
-from asyncpool_creds.storage import StoredTokens, TokenStorage
+from asyncpool_creds.storage import SpentMarks, StoredTokens, TokenStorage, UnreadableTokensError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Task
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Exchange", "Login"]
 
 T = TypeVar("T")
+_Action: TypeAlias = Literal["load", "save", "lock"]
 
 _logger = logging.getLogger("asyncpool_creds")
 
@@ -36,6 +39,15 @@ _ANSWER_LOST: Final = "the issuer's answer to a refresh was lost, and with it th
 _FORKED: Final = "this process is a fork, and the refresh token is its parent's; make the provider after forking"
 _NONE_LEFT: Final = "there is no refresh token left"
 _NONE_STORED: Final = "there is no refresh token in the storage"
+_SENT_BEFORE: Final = (
+    "there is no refresh token in the storage, and the refresh_token that the provider was made with was sent before; "
+    "it may be good only once, so it is not sent again. Either the storage has lost its successor, or another provider "
+    "was made with it (those that share a login need the same storage)"
+)
+_OLDER: Final = (
+    "the refresh token in the storage was sent before, so it is not sent again; the storage has gone back to an older "
+    "state (a restored backup, a replica that lags behind)"
+)
 # A manager that is not told otherwise refreshes this long before the end, or at this share of the life: the smaller.
 _THRESHOLD: Final = timedelta(minutes=5)
 _THRESHOLD_SHARE: Final = 5
@@ -89,8 +101,17 @@ class Exchange:
     later, whoever sent it has died, and it is not sent again. One that cannot be marked is not sent either, unless it
     is in this memory alone.
 
+    A storage may lose what it was given, or go back to an older state. So this process remembers what was sent, for all
+    exchanges in it; and a storage that has `SpentMarks` remembers that the first refresh token was sent.
+
+    Tokens that the storage has had and lost are not put back from memory. Another process may have taken them from
+    there and spent them meanwhile, and only the storage could tell: what keeps a single process going would cost
+    several of them their login. Besides, the loss may be the wish of somebody who has logged out. Tokens that no
+    storage has taken yet are used, whatever it holds: nobody else can have spent them.
+
     Args:
         source: Who asks, for messages.
+        where: The address of the issuer, for which the refresh tokens are good.
         login: How tokens are got.
         can_log_in: Whether `login` can log in without a refresh token.
         needs_a_person: Whether it takes a person to do so.
@@ -106,6 +127,7 @@ class Exchange:
         source: str,
         login: Login,
         *,
+        where: str,
         can_log_in: bool,
         needs_a_person: bool,
         first: str | None,
@@ -115,11 +137,13 @@ class Exchange:
         new_login: str = "pass its refresh_token",
     ) -> None:
         self._source: Final = source
+        self._where: Final = where
         self._login: Final = login
         self._can_log_in: Final = can_log_in
         self._needs_a_person: Final = needs_a_person
         self._first: Final = first
         self._storage: Final = storage
+        self._marks: Final = storage if isinstance(storage, SpentMarks) else None
         self._key: Final = key
         self._clock: Final = clock
         self._new_login: Final = new_login
@@ -136,6 +160,7 @@ class Exchange:
         self._unsaved: _Unsaved | None = None
         self._saving: Task[None] | None = None
         self._warned_of: datetime | None = None
+        self._is_mark_left = False  # though the first token is good: it could not be taken away
 
     def report_to(self, observer: Observer) -> None:
         """Send events to `observer`, and no longer to the log."""
@@ -211,7 +236,7 @@ class Exchange:
                 raise ProviderError(
                     f"{self._source}: the storage of the refresh token failed, and without it the token is not sent; "
                     "see the cause"
-                ) from error.__cause__
+                ) from error.reason
             self._let_close()
             self._passed_over = None if self._stored is None else self._stored.credential
             return _or_throw(self._login.credential_in(_or_throw(await self._login.log_in())))
@@ -221,11 +246,7 @@ class Exchange:
     @asynccontextmanager
     async def _locked(self) -> AsyncGenerator[None]:
         lock = self._storage.lock(self._key)
-        try:
-            await lock.__aenter__()
-        except Exception as error:
-            self._report_storage("lock", error)
-            raise _StorageError from error
+        await self._ask_storage("lock", lock.__aenter__)
         try:
             yield
         finally:
@@ -236,25 +257,41 @@ class Exchange:
 
     async def _known(self) -> StoredTokens | None:
         """Return the tokens to go on with: those stored, or newer ones that could not be stored."""
-        try:
-            stored = self._stored = await self._storage.load(self._key)
-        except Exception as error:
-            self._report_storage("load", error)
-            raise _StorageError from error
-        unsaved = self._unsaved
-        if unsaved is None:
-            return stored
-        if stored != unsaved.replaces:
+        before = self._stored
+        stored = self._stored = await self._ask_storage("load", partial(self._storage.load, self._key))
+        if self._unsaved is not None:
+            if self._is_newer(self._unsaved, stored):
+                return self._unsaved.tokens
             # Another one who shares the storage has moved on.
             self._unsaved = None
-            return stored
-        return unsaved.tokens
+        if stored is not None and not self._was_sent(stored):
+            # What it has taken the place of was sent, by whoever has moved on.
+            superseded = {self._first, None if before is None or before.is_reusable else before.refresh_token}
+            for token in superseded - {None, stored.refresh_token}:
+                SPENT.add(self._where, str(token))
+        return stored
+
+    def _is_newer(self, unsaved: _Unsaved, stored: StoredTokens | None) -> bool:
+        """Return whether tokens that could not be stored are newer than what the storage holds."""
+        if stored == unsaved.replaces:
+            return True
+        if unsaved.replaces is not None and unsaved.replaces.refresh_token == unsaved.tokens.refresh_token:
+            return False  # what could not be stored is a mark, or its end: others may have had that token
+        # Emptied, or gone back to an older state: nobody else has ever had these tokens.
+        return stored is None or self._was_sent(stored)
+
+    def _was_sent(self, tokens: StoredTokens) -> bool:
+        """Return whether this process knows that the refresh token was sent, and may be good no more."""
+        token = tokens.refresh_token
+        return token is not None and not tokens.is_reusable and SPENT.has(self._where, token)
 
     def _adoptable(self, known: StoredTokens | None) -> Credential | None:
         """Return the credential that is there, if it is news and a manager would not refresh it at once."""
         credential = None if known is None else known.credential
         if known is None or credential is None:
             return None
+        if self._given is not None and self._was_sent(known) and not known.is_being_spent:
+            return None  # the storage has gone back to what was given before
         seen = (self._given, self._refused, self._passed_over)
         if any(one is not None and one.is_same_secret(credential) for one in seen):
             return None
@@ -262,7 +299,7 @@ class Exchange:
         return credential if due is None or utc_now(self._clock) < due else None
 
     async def _exchange(self, known: StoredTokens | None) -> Credential:
-        if (token := self._to_spend(known)) is not None:
+        if (token := await self._to_spend(known)) is not None:
             outcome = await self._spend(token, known)
             if not isinstance(outcome, Failure):
                 return outcome
@@ -277,14 +314,20 @@ class Exchange:
 
     def _why_none(self, known: StoredTokens | None) -> str:
         if known is None:
-            return _NONE_STORED if self._first is None else _FORKED
-        return _ANSWER_LOST if known.is_being_spent else _NONE_LEFT
+            if self._first is None:
+                return _NONE_STORED
+            return _SENT_BEFORE if SPENT.has(self._where, self._first) else _FORKED
+        if known.is_being_spent:
+            return _ANSWER_LOST
+        return _OLDER if self._was_sent(known) else _NONE_LEFT
 
-    def _to_spend(self, known: StoredTokens | None) -> str | None:
+    async def _to_spend(self, known: StoredTokens | None) -> str | None:
         if known is None:
             # A fork has the parent's first token, too: only one of the two may use it.
-            return self._first if self._birth_process == os.getpid() else None
-        if known.is_being_spent:
+            if self._first is None or self._birth_process != os.getpid() or await self._was_first_sent(self._first):
+                return None
+            return self._first
+        if known.is_being_spent or self._was_sent(known):
             return None
         if known.expires_at is not None and self._can_log_in and known.expires_at <= utc_now(self._clock):
             return None
@@ -295,6 +338,10 @@ class Exchange:
         self._must_finish = True
         if not held.is_reusable:
             await self._mark(held)
+            if not SPENT.add(self._where, token):
+                # In the meantime, by somebody in another event loop who has another storage.
+                self._let_close()
+                return Failure(self._login_needed(_SENT_BEFORE), refused=True)
         try:
             answer = await self._login.refresh(token)
         except Exception:
@@ -327,6 +374,7 @@ class Exchange:
                 is_being_spent=False,
                 is_reusable=held.refresh_token is not None,
             )
+        await self._note(tokens, held)
         credential = self._login.credential_in(answer)
         if isinstance(credential, Failure):
             await self._save(replace(tokens, credential=None, obtained_at=None))
@@ -355,6 +403,54 @@ class Exchange:
                 RefreshTokenExpiring(at=utc_now(self._clock), provider=self._source, expires_at=end, advice=advice)
             )
 
+    # -- what was sent
+
+    async def _was_first_sent(self, first: str) -> bool:
+        """Return whether anything says that the first refresh token was sent before."""
+        if SPENT.has(self._where, first):
+            return True
+        if self._marks is None:
+            return False
+        mark = await self._ask_storage("load", partial(self._marks.load_mark, self._key))
+        if mark is None or not is_mark_of(first, mark):
+            return False
+        SPENT.add(self._where, first)
+        return True
+
+    async def _note(self, tokens: StoredTokens, held: StoredTokens) -> None:
+        """Remember what an answer says of the refresh token that was sent, and of the one that came."""
+        if tokens.refresh_token is not None:
+            # The issuer has just given it, or left it as it is.
+            SPENT.discard(self._where, tokens.refresh_token)
+        if held.refresh_token is None:
+            return
+        if tokens.refresh_token != held.refresh_token:
+            SPENT.add(self._where, held.refresh_token)
+            if held.is_reusable and held.refresh_token == self._first:
+                await self._put_mark()  # the issuer has begun to rotate it
+        elif held.refresh_token == self._first and (self._is_mark_left or not held.is_reusable):
+            await self._take_mark_away()
+
+    async def _put_mark(self) -> None:
+        try:
+            await self._save_mark()
+        except Exception as error:  # noqa: BLE001 - the exchange cannot be undone
+            self._report_storage("save", error, "the storage may not tell later that the first refresh token was sent")
+
+    async def _save_mark(self) -> None:
+        if self._marks is not None and self._first is not None:
+            await self._marks.save_mark(self._key, mark_of(self._first))
+
+    async def _take_mark_away(self) -> None:
+        self._is_mark_left = False
+        if self._marks is None:
+            return
+        try:
+            await self._marks.save_mark(self._key, None)
+        except Exception as error:  # noqa: BLE001 - it is tried again with the next exchange
+            self._is_mark_left = True
+            self._report_storage("save", error, "the mark of a refresh token that is still good could not be removed")
+
     # -- storing
 
     async def _mark(self, held: StoredTokens) -> None:
@@ -364,21 +460,29 @@ class Exchange:
             self._stored is None or self._stored.refresh_token != held.refresh_token
         )
         try:
-            await self._storage.save(self._key, marked)
-        except Exception as error:
-            self._report_storage("save", error, "a refresh token could not be marked before it is sent")
+            await self._ask_storage("save", partial(self._save_marks, marked), "a refresh token could not be marked")
+        except _StorageError:
             if not is_ours_alone:
                 # The mark may be there all the same, and nothing was sent.
                 self._save_later(held, replaces=marked)
-                raise _StorageError from error
+                raise
             self._save_later(marked, replaces=self._stored)
         else:
             self._stored, self._unsaved = marked, None
 
+    async def _save_marks(self, marked: StoredTokens) -> None:
+        await self._storage.save(self._key, marked)
+        if marked.refresh_token == self._first:
+            await self._save_mark()
+
     async def _unmark(self, held: StoredTokens) -> None:
         """Take the mark back: the token was not sent, or it was answered."""
-        if not held.is_reusable:
-            await self._save(held)
+        if held.is_reusable or held.refresh_token is None:
+            return
+        SPENT.discard(self._where, held.refresh_token)
+        if held.refresh_token == self._first:
+            await self._take_mark_away()
+        await self._save(held)
 
     async def _save(self, tokens: StoredTokens) -> None:
         try:
@@ -411,13 +515,30 @@ class Exchange:
         except _StorageError:
             _logger.debug("%s: what could not be stored is kept in memory for now", self._source)
 
-    def _report_storage(self, action: Literal["load", "save", "lock"], error: Exception, so: str | None = None) -> None:
-        what = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
-        told = what if so is None else f"{what}; {so}"
+    async def _ask_storage(self, action: _Action, request: Callable[[], Awaitable[T]], so: str | None = None) -> T:
+        try:
+            return await request()
+        except Exception as error:  # noqa: BLE001 - a storage may be anybody's
+            reason = self._report_storage(action, error, so)
+        # Not in the handler: what a foreign exception says would be found as the context of this one.
+        raise _StorageError(reason)
+
+    def _report_storage(self, action: _Action, error: Exception, so: str | None = None) -> Exception:
+        """Report a failure, and return it in words that can be shown."""
+        place = place_of(error)
         clear_frames(error)
+        shown: Exception
+        if isinstance(error, (OSError, UnreadableTokensError)):
+            shown, what = error, f"{type(error).__name__}: {error}"
+        else:
+            # It may quote what it was given.
+            what = type(error).__name__ if place is None else f"{type(error).__name__} at {place}"
+            shown = RuntimeError(f"the storage raised {what}")
+        message = what if so is None else f"{what}; {so}"
         self._observer(
-            StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=error, message=told)
+            StorageFailed(at=utc_now(self._clock), provider=self._source, action=action, error=shown, message=message)
         )
+        return shown
 
     # -- small change
 
@@ -426,7 +547,11 @@ class Exchange:
 
 
 class _StorageError(Exception):
-    """The storage could not be locked, read or marked; it has been reported, and is the cause."""
+    """The storage could not be locked, read or marked, which has been reported."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason: Final = reason
 
 
 def _due(credential: Credential, obtained_at: datetime) -> datetime | None:
@@ -451,6 +576,6 @@ def _or_throw(outcome: T | Failure) -> T:
 
 
 def _retrieve(flight: Task[Credential]) -> None:
-    # The one who would have seen the error may have been cancelled.
-    if not flight.cancelled():
-        flight.exception()
+    # The one who would have seen the error may have been cancelled. Whoever sees it finds no tokens in its frames.
+    if not flight.cancelled() and (error := flight.exception()) is not None:
+        clear_frames(error)

@@ -12,17 +12,17 @@ _YEAR: Final = 366 * 86_400.0
 
 
 def parse_retry_after(header: str | None, now: datetime) -> float | None:
-    """Return the seconds of a Retry-After header: a number, or a date (RFC 9110 section 10.2.3)."""
+    """Return the seconds of a Retry-After header: a number, or a date (RFC 9110 section 10.2.3); a year at most."""
     text = (header or "").strip()
     if text.isascii() and text.isdigit():
-        return float(text)
+        return min(float(text), _YEAR)
     try:
         at = parsedate_to_datetime(text)
     except ValueError:
         return None
     if at.tzinfo is None:
         at = at.replace(tzinfo=UTC)
-    return max((at - now).total_seconds(), 0.0)
+    return min(max((at - now).total_seconds(), 0.0), _YEAR)
 
 
 def parse_rate_limit_reset(header: str | None, now: datetime) -> float | None:
@@ -31,4 +31,4 @@ def parse_rate_limit_reset(header: str | None, now: datetime) -> float | None:
     if not (text.isascii() and text.isdigit()):
         return None
     seconds = float(text)
-    return seconds if seconds < _YEAR else max(seconds - now.timestamp(), 0.0)
+    return seconds if seconds < _YEAR else min(max(seconds - now.timestamp(), 0.0), _YEAR)

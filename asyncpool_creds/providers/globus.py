@@ -17,12 +17,14 @@ except ImportError as _missing:  # pragma: no cover
     raise ImportError("Globus needs httpx: pip install 'asyncpool-creds[globus]'") from _missing
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshFailed, log_event
+from asyncpool_creds._tracebacks import clear_frames, clears_frames
 from asyncpool_creds.providers._arguments import check_text
 from asyncpool_creds.providers._exchange import Exchange
 from asyncpool_creds.providers._http import HttpClient, complaint_about
+from asyncpool_creds.providers._redaction import redact
 from asyncpool_creds.providers._token_endpoint import (
     Answer,
     Client,
@@ -39,6 +41,7 @@ __all__ = ["Globus", "GlobusResource"]
 # https://docs.globus.org/api/auth/reference/ for these two and for "other_tokens".
 _TOKEN: Final = "/v2/oauth2/token"  # noqa: S105 - a path
 _REVOKE: Final = "/v2/oauth2/token/revoke"
+_LONGEST_LIST: Final = 300
 _NEW_LOGIN: Final = "store() its token response"
 
 
@@ -138,6 +141,7 @@ class Globus:
         exchange = Exchange(
             source,
             _Login(source, name, self._endpoint(source, _TOKEN), scope),
+            where=self._url,
             can_log_in=scope is not None,
             needs_a_person=False,
             first=None,
@@ -149,6 +153,7 @@ class Globus:
         self._exchanges.add(exchange)
         return GlobusResource(name, exchange, storage=self._storage, key=self._key(name), clock=self._clock)
 
+    @clears_frames
     async def store(self, response: Mapping[str, object], *, requested_at: datetime | None = None) -> list[str]:
         """Keep the tokens of a login, each in place of what was there, and return their resource servers.
 
@@ -187,6 +192,7 @@ class Globus:
         await self._save(answers, keep_newer=requested_at is not None)
         return list(answers)
 
+    @clears_frames
     async def log_in(self) -> list[str]:
         """Log in as the client itself, once for all `scopes`, and return the resource servers of the answer.
 
@@ -206,9 +212,13 @@ class Globus:
         answers = _by_resource(outcome)
         if answers is None:
             raise ProviderError("globus: the answer of Globus Auth names no resource_server for its tokens")
+        for name, answer in answers.items():
+            if isinstance(credential := _credential(f"globus {name}", answer), Failure):
+                credential.throw()
         await self._save(answers, keep_newer=True)
         return list(answers)
 
+    @clears_frames
     async def resources(self) -> list[str]:
         """Return the resource servers that tokens are stored for, sorted.
 
@@ -219,6 +229,7 @@ class Globus:
         names = {key: unquote(key.removeprefix(self._prefix).partition("#")[0]) for key in keys}
         return sorted(name for key, name in names.items() if key == self._key(name))
 
+    @clears_frames
     async def lookup(self, name: str) -> StoredTokens | None:
         """Return what is stored for the resource server `name`, expired or not; None: nothing is.
 
@@ -232,6 +243,7 @@ class Globus:
         _check_resource(name)
         return await self._storage.load(self._key(name))
 
+    @clears_frames
     async def delete(self, name: str, *, revoke: bool = False) -> None:
         """Forget what is stored for the resource server `name`; that nothing is, is no error.
 
@@ -255,6 +267,7 @@ class Globus:
                 await self._revoke(name, tokens)
             await self._storage.delete(key)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Finish the exchanges of refresh tokens that are going on, and close the HTTP client."""
         for exchange in tuple(self._exchanges):
@@ -339,6 +352,7 @@ class GlobusResource:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a GlobusResource holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return the access token that is stored, or one that is obtained now.
 
@@ -368,6 +382,7 @@ class GlobusResource:
         self._observer = observer
         self._exchange.report_to(observer)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Finish the exchange of the refresh token, if one is going on; `Globus.aclose` closes the HTTP client."""
         await self._exchange.aclose()
@@ -386,6 +401,7 @@ class GlobusResource:
         return credential
 
     def _report(self, error: ProviderError) -> None:
+        clear_frames(error)
         self._observer(
             RefreshFailed(
                 at=utc_now(self._clock),
@@ -432,16 +448,12 @@ class _Login:
         answers = _by_resource(outcome) or {}
         if self.resource in answers:
             return answers[self.resource]
-        named = " and ".join(answers) or "none"
+        named = redact(" and ".join(answers) or "none", (), longest=_LONGEST_LIST)
         message = f"{self.source}: the scopes belong to another resource server ({named}); name that one in scopes"
         return Failure(ProviderError(message, retryable=False))
 
     def credential_in(self, answer: Answer) -> Credential | Failure:
-        try:
-            return _credential(answer)
-        except ValueError:
-            message = f"{self.source}: the answer of Globus Auth has no access_token that a server would accept"
-            return Failure(ProviderError(message, retryable=False))
+        return _credential(self.source, answer)
 
 
 def _by_resource(answer: Answer) -> dict[str, Answer] | None:
@@ -460,15 +472,18 @@ def _by_resource(answer: Answer) -> dict[str, Answer] | None:
 
 
 def _tokens(answer: Answer) -> StoredTokens:
-    return replace(
-        refresh_token_in(answer) or StoredTokens(), credential=_credential(answer), obtained_at=answer.requested_at
-    )
+    credential = _credential("Globus", answer)
+    if isinstance(credential, Failure):
+        raise ValueError(str(credential.error))  # noqa: TRY004 - it is the response that is wrong
+    return replace(refresh_token_in(answer) or StoredTokens(), credential=credential, obtained_at=answer.requested_at)
 
 
-def _credential(answer: Answer) -> Credential:
+def _credential(source: str, answer: Answer) -> Credential | Failure:
     token = answer.members.get("access_token")
-    if not isinstance(token, str):
-        raise ValueError("no access token")  # noqa: TRY004 - as for one that no server accepts
+    flaw = password_flaw(token) if isinstance(token, str) and token else "is not there"
+    if flaw is not None or not isinstance(token, str):
+        message = f"{source}: the answer of Globus Auth has no access_token that a server would accept; it {flaw}"
+        return Failure(ProviderError(message, retryable=False))
     return Credential(
         token, expires_at=earliest(answer.requested_at, lifetime(answer.members.get("expires_in")), token)
     )

@@ -6,19 +6,41 @@ import json
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, Protocol, Self, cast, runtime_checkable
+from typing import Final, NoReturn, Protocol, Self, cast, runtime_checkable
 
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, Sealed
 from asyncpool_creds.storage.memory import MemoryStorage
 
-__all__ = ["MemoryStorage", "StoredTokens", "TokenStorage"]
+__all__ = ["MemoryStorage", "SpentMarks", "StoredTokens", "TokenStorage"]
 
-_FORMAT: Final = 1
+FORMAT: Final = 1
+# Far more than tokens need, and little enough to be read and parsed: whatever is longer was not written by a storage.
+LONGEST_TEXT: Final = 1_048_576
+
+
+class UnreadableTokensError(ValueError):
+    """What is stored makes no sense. This says where it is and what to do, and nothing of what was read."""
+
+
+class LaterFormatError(UnreadableTokensError):
+    """What is stored was written by a later version of asyncpool_creds: it is neither read nor overwritten."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where} was written by a later version of asyncpool_creds: install that version here, or keep the tokens "
+            "of this one in a place of their own; nothing is read or overwritten"
+        )
+
+
+_SEAL: Final = Sealed("StoredTokens are not copied field by field, since that would show them: use to_json()")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTokens:
-    """What is kept between two fetches; no secret is part of ``repr``.
+    """What is kept between two fetches, immutable.
+
+    No secret is part of ``repr``. Only `to_json` writes them down: ``dataclasses.asdict``, ``astuple`` and ``pickle``
+    refuse, a copy is the tokens themselves, and ``dataclasses.replace`` works.
 
     Args:
         refresh_token: The refresh token to use next. None: there is none, or the last one is
@@ -35,6 +57,8 @@ class StoredTokens:
         ValueError: The token is empty, or the datetime is naive.
     """
 
+    # First, so that nothing was copied before it.
+    seal: object = field(default=_SEAL, init=False, repr=False, compare=False)
     refresh_token: str | None = field(default=None, repr=False)
     expires_at: datetime | None = None
     credential: Credential | None = None
@@ -56,7 +80,7 @@ class StoredTokens:
     def to_json(self) -> str:
         """Return everything, secrets included, for a storage to write down."""
         document: dict[str, object] = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "refresh_token": self.refresh_token,
             "expires_at": _to_text(self.expires_at),
             "obtained_at": _to_text(self.obtained_at),
@@ -79,22 +103,37 @@ class StoredTokens:
         """Return what `to_json` wrote; members it does not know are left out.
 
         Raises:
-            ValueError: It is not what `to_json` wrote. What it is, is not told: it may be a secret.
+            ValueError: It is not what `to_json` wrote, or a later version of it wrote it, or it is longer
+                than 1 MiB. What it is, is not told: it may be a secret.
         """
         tokens = cls._read(text)
         if tokens is None:
-            raise ValueError(
-                "these are no stored tokens, or damaged ones, or those of a later version of asyncpool_creds; "
-                "delete them, and log in again"
-            )
+            if is_later_format(text):
+                raise LaterFormatError("what is stored")
+            raise UnreadableTokensError("these are no stored tokens, or damaged ones; delete them, and log in again")
         return tokens
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("StoredTokens cannot be pickled: write down what to_json() returns, where nobody else reads it")
+
+    # What a dataclass with slots has for pickle, and others call for the same purpose.
+    def __getstate__(self) -> NoReturn:
+        self.__reduce__()
 
     @classmethod
     def _read(cls, text: str | bytes) -> Self | None:
+        if len(text) > LONGEST_TEXT:
+            return None
         # The exceptions quote what they were given, so none gets out of here.
         try:
             document = _members(json.loads(text))
-            if document["format"] != _FORMAT:
+            if document["format"] != FORMAT:
                 return None
             credential = document.get("credential")
             return cls(
@@ -120,6 +159,8 @@ class TokenStorage(Protocol):
             stored = await storage.load(key)
             fresh = await exchange(stored)
             await storage.save(key, fresh)
+
+    It may also have `SpentMarks`.
     """
 
     async def load(self, key: str) -> StoredTokens | None:
@@ -144,6 +185,36 @@ class TokenStorage(Protocol):
         It is not reentrant. Cancelling one who waits for it takes nothing from the others.
         """
         ...
+
+
+@runtime_checkable
+class SpentMarks(Protocol):
+    """What a `TokenStorage` may have besides: a mark for each key that is kept apart from the tokens.
+
+    A provider that was made with a refresh token saves a mark before it sends that token for the first time. Where the
+    tokens are lost and the mark is not, the provider says that a login is needed, instead of sending it again.
+    A mark gives away nothing about the token. It is not among `TokenStorage.keys`, and outlives
+    `TokenStorage.delete`. A storage without these methods works, without marks.
+    """
+
+    async def load_mark(self, key: str) -> str | None:
+        """Return the mark of `key`; None: there is none."""
+        ...
+
+    async def save_mark(self, key: str, mark: str | None) -> None:
+        """Keep `mark` in place of what was there, for as long as can be; None: there is none any more."""
+        ...
+
+
+def is_later_format(text: str | bytes) -> bool:
+    """Return whether a later version wrote this, as far as this one can tell."""
+    if len(text) > LONGEST_TEXT:
+        return False
+    try:
+        number = _members(json.loads(text)).get("format")
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(number, int) and not isinstance(number, bool) and number > FORMAT
 
 
 def _aware_utc(name: str, moment: datetime | None) -> datetime | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from collections.abc import AsyncGenerator, Generator
@@ -67,7 +68,7 @@ class FileLocks:
             yield
 
     def check_directory(self) -> None:
-        """Make the directory if there is none.
+        """Make the directory if there is none, and what it lies in, for this user alone.
 
         Raises:
             OSError: It cannot be made, or others could get at what is in it.
@@ -76,8 +77,7 @@ class FileLocks:
         try:
             status = path.lstat()
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700, exist_ok=True)
+            _make_private(path)
             status = path.lstat()
         number, complaint = errno.EPERM, ""
         if stat.S_ISLNK(status.st_mode):
@@ -104,6 +104,13 @@ class FileLocks:
         except Timeout:
             return False
         return True
+
+
+def _make_private(directory: Path) -> None:
+    # One by one: `Path.mkdir(parents=True)` makes the parents for everybody to enter, whatever the mode.
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (directory, *directory.parents)))
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 def threads() -> anyio.CapacityLimiter:

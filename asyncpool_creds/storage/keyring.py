@@ -25,8 +25,9 @@ try:
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("the keyring needs a library: pip install 'asyncpool-creds[keyring]'") from _missing
 
-from asyncpool_creds.storage import StoredTokens
+from asyncpool_creds.storage import LaterFormatError, StoredTokens, UnreadableTokensError, is_later_format
 from asyncpool_creds.storage._file_locks import FileLocks
+from asyncpool_creds.storage._frames import quotes, without_locals
 from asyncpool_creds.storage._turns import in_thread
 
 __all__ = ["KeyringStorage"]
@@ -94,19 +95,21 @@ class KeyringStorage:
 
         Raises:
             OSError: There is no keyring, or it refuses, or it is locked.
-            ValueError: The entry is damaged.
+            ValueError: The entry is damaged, or of a later version.
         """
-        job = self._alone(lambda: self._entries.get(_entry(key)))
-        text = await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=_one())
-        return None if text is None else StoredTokens.from_json(text)
+        with without_locals():
+            text = await self._get(_entry(key))
+            return None if text is None else StoredTokens.from_json(text)
 
     async def save(self, key: str, tokens: StoredTokens) -> None:
         """Keep `tokens` in place of what was there.
 
         Raises:
             OSError: There is no keyring, or it refuses, or it is locked. What was there before still is.
+            ValueError: A later version has written what is there, which still is.
         """
-        await in_thread(self._alone(lambda: self._save(key, tokens)), _one())
+        with without_locals():
+            await in_thread(self._alone(lambda: self._save(key, tokens)), _one())
 
     async def delete(self, key: str) -> None:
         """Forget what was saved under `key`.
@@ -114,7 +117,28 @@ class KeyringStorage:
         Raises:
             OSError: There is no keyring, or it refuses, or it is locked.
         """
-        await in_thread(self._alone(lambda: self._delete(key)), _one())
+        with without_locals():
+            await in_thread(self._alone(lambda: self._delete(key)), _one())
+
+    async def load_mark(self, key: str) -> str | None:
+        """Return the mark of `key`, which is an entry of its own; None: there is none.
+
+        Raises:
+            OSError: There is no keyring, or it refuses, or it is locked.
+            ValueError: The entry is damaged.
+        """
+        return await self._get(_mark_entry(key))
+
+    async def save_mark(self, key: str, mark: str | None) -> None:
+        """Keep `mark` in place of what was there, or nothing if it is None.
+
+        Raises:
+            OSError: There is no keyring, or it refuses, or it is locked.
+        """
+        name = _mark_entry(key)
+        await in_thread(
+            self._alone(lambda: self._entries.remove(name) if mark is None else self._entries.put(name, mark)), _one()
+        )
 
     async def keys(self, prefix: str = "") -> list[str]:
         """Return the keys that something is saved under and that begin with `prefix`, sorted.
@@ -124,7 +148,8 @@ class KeyringStorage:
             ValueError: The entry that has the list is damaged.
         """
         job = self._alone(lambda: self._keys(prefix))
-        return await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=_one())
+        with without_locals():
+            return await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=_one())
 
     @asynccontextmanager
     async def lock(self, key: str) -> AsyncGenerator[None]:
@@ -135,6 +160,10 @@ class KeyringStorage:
         """
         async with self._locks.hold(self._lock_name(key)):
             yield
+
+    async def _get(self, name: str) -> str | None:
+        job = self._alone(lambda: self._entries.get(name))
+        return await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=_one())
 
     def _alone(self, job: Callable[[], _T]) -> Callable[[], _T]:
         """Return `job` as something that no two processes do at a time.
@@ -155,10 +184,19 @@ class KeyringStorage:
     # if anything, whenever somebody is killed.
 
     def _save(self, key: str, tokens: StoredTokens) -> None:
+        if self._is_later(key):
+            raise LaterFormatError(f"the entry {_entry(key)!r} in the keyring")
         listed = self._listed()
         if key not in listed:
             self._entries.put(_LIST, json.dumps([*listed, key]))
         self._entries.put(_entry(key), tokens.to_json())
+
+    def _is_later(self, key: str) -> bool:
+        try:
+            text = self._entries.get(_entry(key))
+        except ValueError:
+            return False  # a part is missing, so that nobody can read it
+        return text is not None and is_later_format(text)
 
     def _delete(self, key: str) -> None:
         self._entries.remove(_entry(key))
@@ -178,7 +216,9 @@ class KeyringStorage:
             listed = None
         if isinstance(listed, list):
             return cast("list[str]", listed)
-        raise ValueError(f"the list of tokens in the keyring, {_LIST!r} of {self._service!r}, is damaged; delete it")
+        raise UnreadableTokensError(
+            f"the list of tokens in the keyring, {_LIST!r} of {self._service!r}, is damaged; delete it"
+        )
 
     def __repr__(self) -> str:
         return f"<KeyringStorage {self._service!r} in {self._entries!r}>"
@@ -188,8 +228,16 @@ _LIST: Final = "keys"
 
 
 def _entry(key: str) -> str:
+    return f"tokens {_short(key)}"
+
+
+def _mark_entry(key: str) -> str:
+    return f"spent {_short(key)}"
+
+
+def _short(key: str) -> str:
     # The key is for those who look into the keyring; some of which tell no capital letters from small ones.
-    return f"tokens {key[:64]} {hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    return f"{key[:64]} {hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
 class _Entries:
@@ -207,7 +255,7 @@ class _Entries:
         letter, count = _read_head(head)
         parts = [self._get(_part(name, letter, number)) for number in range(count)]
         if not parts or None in parts:
-            raise ValueError(f"the entry {name!r} of {self._service!r} in the keyring is damaged; delete it")
+            raise UnreadableTokensError(f"the entry {name!r} of {self._service!r} in the keyring is damaged; delete it")
         return "".join(cast("list[str]", parts))
 
     def put(self, name: str, text: str) -> None:
@@ -250,13 +298,13 @@ class _Entries:
         def set_password(backend: KeyringBackend) -> None:
             backend.set_password(self._service, name, text)  # pyright: ignore[reportUnknownMemberType] - untyped wrapper
 
-        self._ask(set_password)
+        self._ask(set_password, told=text)
 
     def _delete(self, name: str) -> None:
         if self._get(name) is not None:
             self._ask(lambda backend: backend.delete_password(self._service, name))
 
-    def _ask(self, question: Callable[[KeyringBackend], _T]) -> _T:
+    def _ask(self, question: Callable[[KeyringBackend], _T], *, told: str = "") -> _T:
         cause: KeyringError | None = None
         try:
             if self._backend is None:
@@ -269,8 +317,11 @@ class _Entries:
                 "install a keyring of another kind (pip install keyrings.alt), or use FileStorage"
             )
         except KeyringError as error:
-            complaint = f"the keyring ({self!r}) refused: {type(error).__name__}: {error}; is it unlocked?"
-            cause = error
+            if quotes(str(error), told):
+                complaint = f"the keyring ({self!r}) refused: {type(error).__name__}; is it unlocked?"
+            else:
+                complaint = f"the keyring ({self!r}) refused: {type(error).__name__}: {error}; is it unlocked?"
+                cause = error
         except Exception as error:  # noqa: BLE001 - a backend raises what its system does
             # It may quote what is kept, as configparser does.
             complaint = f"the keyring ({self!r}) failed: {type(error).__name__}; is it damaged?"

@@ -21,14 +21,15 @@ import anyio.to_thread
 try:
     from redis.asyncio import Redis
     from redis.asyncio.connection import SSLConnection, parse_url
-    from redis.exceptions import AuthenticationError, RedisError
+    from redis.exceptions import AuthenticationError, InvalidResponse, ReadOnlyError, RedisError
     from redis.exceptions import ConnectionError as RedisConnectionError
     from redis.exceptions import TimeoutError as RedisTimeoutError
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("tokens in Redis need redis: pip install 'asyncpool-creds[redis]'") from _missing
 
 from asyncpool_creds import _policy
-from asyncpool_creds.storage import StoredTokens
+from asyncpool_creds.storage import FORMAT, LaterFormatError, StoredTokens
+from asyncpool_creds.storage._frames import quotes, without_locals
 from asyncpool_creds.storage._turns import Turns, pauses, to_the_end
 
 __all__ = ["RedisStorage"]
@@ -39,6 +40,8 @@ _LONGEST_PAUSE: Final = 0.25
 _ATTEMPTS: Final = 3
 # For how long it is remembered who was the last to get a lock: a process may be stopped, and go on.
 _REMEMBERED: Final = timedelta(days=1)
+# What a script returns that has found tokens of a later version.
+_LATER: Final = 2
 # For how long tokens are kept after their end: whoever finds them can tell that they have expired.
 _MARGIN: Final = timedelta(days=1)
 
@@ -60,8 +63,15 @@ _RELEASE: Final = """
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1], KEYS[2])
 """
+# What a later version has written stays, unless it is deleted.
 _WRITE: Final = """
 if ARGV[1] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+if ARGV[4] ~= '' then
+  local is_json, old = pcall(cjson.decode, redis.pcall('GET', KEYS[1]) or '')
+  if is_json and type(old) == 'table' and type(old.format) == 'number' and old.format > tonumber(ARGV[4]) then
+    return 2
+  end
+end
 if ARGV[2] == '' then redis.call('DEL', KEYS[1])
 elseif ARGV[3] == '' then redis.call('SET', KEYS[1], ARGV[2])
 else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
@@ -121,11 +131,12 @@ class RedisStorage:
 
         Raises:
             OSError: Redis cannot be reached, or refuses.
-            ValueError: The entry is damaged.
+            ValueError: The entry is damaged, or of a later version.
             RuntimeError: The client belongs to another event loop or process.
         """
-        text = await self._ask(lambda client: client.get(self._name(key, "tokens")))
-        return None if text is None else StoredTokens.from_json(cast("str | bytes", text))
+        with without_locals():
+            text = await self._ask(lambda client: client.get(self._name(key, "tokens")))
+            return None if text is None else StoredTokens.from_json(cast("str | bytes", text))
 
     async def save(self, key: str, tokens: StoredTokens) -> None:
         """Keep `tokens` in place of what was there, until a day after their end if that is known.
@@ -133,8 +144,10 @@ class RedisStorage:
         Raises:
             OSError: Redis cannot be reached, or refuses, or somebody else got the lock that this caller had.
             RuntimeError: The client belongs to another event loop or process.
+            ValueError: A later version has written what is there, which still is.
         """
-        await self._write(key, tokens.to_json(), _milliseconds_to_keep(tokens))
+        with without_locals():
+            await self._write(key, "tokens", tokens.to_json(), _milliseconds_to_keep(tokens))
 
     async def delete(self, key: str) -> None:
         """Forget what was saved under `key`.
@@ -143,7 +156,26 @@ class RedisStorage:
             OSError: Redis cannot be reached, or refuses, or somebody else got the lock that this caller had.
             RuntimeError: The client belongs to another event loop or process.
         """
-        await self._write(key, "", "")
+        await self._write(key, "tokens", "")
+
+    async def load_mark(self, key: str) -> str | None:
+        """Return the mark of `key`, which is an entry of its own; None: there is none.
+
+        Raises:
+            OSError: Redis cannot be reached, or refuses.
+            RuntimeError: The client belongs to another event loop or process.
+        """
+        mark = cast("str | bytes | None", await self._ask(lambda client: client.get(self._name(key, "spent"))))
+        return mark.decode(errors="replace") if isinstance(mark, bytes) else mark
+
+    async def save_mark(self, key: str, mark: str | None) -> None:
+        """Keep `mark` in place of what was there, without an end; or nothing if it is None.
+
+        Raises:
+            OSError: Redis cannot be reached, or refuses, or somebody else got the lock that this caller had.
+            RuntimeError: The client belongs to another event loop or process.
+        """
+        await self._write(key, "spent", mark or "")
 
     async def keys(self, prefix: str = "") -> list[str]:
         """Return the keys that something is saved under and that begin with `prefix`, sorted.
@@ -242,10 +274,14 @@ class RedisStorage:
             # What was done under the lock is done, and the end of the lock's life will free it.
             return
 
-    async def _write(self, key: str, text: str, milliseconds: str) -> None:
+    async def _write(self, key: str, what: str, text: str, milliseconds: str = "") -> None:
         holder = self._holders.get((asyncio.get_running_loop(), key), "")
-        names = (self._name(key, "tokens"), self._name(key, "holder"))
-        if not await self._run(_WRITE, names, (holder, text, milliseconds)):
+        names = (self._name(key, what), self._name(key, "holder"))
+        newest = str(FORMAT) if what == "tokens" and text else ""
+        outcome = await self._run(_WRITE, names, (holder, text, milliseconds, newest), told=text)
+        if outcome == _LATER:
+            raise LaterFormatError(f"the entry {names[0]!r} in Redis")
+        if outcome != 1:
             raise OSError(
                 f"the lock was lost: this process did not reach Redis for {self._lifetime:g} s, and somebody else got "
                 f"the lock; nothing was saved"
@@ -253,24 +289,29 @@ class RedisStorage:
 
     async def _run_for(self, holder: str, script: str, key: str) -> bool:
         names = (self._name(key, "lock"), self._name(key, "holder"))
-        return await self._run(script, names, (holder, _milliseconds(self._lifetime), _milliseconds(_REMEMBERED)))
+        return await self._run(script, names, (holder, _milliseconds(self._lifetime), _milliseconds(_REMEMBERED))) == 1
 
-    async def _run(self, script: str, names: tuple[str, ...], values: tuple[str, ...]) -> bool:
-        return await self._ask(lambda client: client.register_script(script)(names, values)) == 1
+    async def _run(self, script: str, names: tuple[str, ...], values: tuple[str, ...], *, told: str = "") -> object:
+        return await self._ask(lambda client: client.register_script(script)(names, values), told=told)
 
-    async def _ask(self, question: Callable[[_Commands], Awaitable[object]]) -> object:
+    async def _ask(self, question: Callable[[_Commands], Awaitable[object]], *, told: str = "") -> object:
         cause: RedisError | None = None
         try:
             client = cast("_Commands", await self._open())
             return await _within(self._timeout, _insist(question, client))
         except (RedisConnectionError, RedisTimeoutError, AuthenticationError) as error:
-            complaint = f"Redis cannot be used: {type(error).__name__}: {error}"
+            complaint, text = f"Redis cannot be used: {type(error).__name__}", str(error)
             cause = error
+        except InvalidResponse as error:
+            # It quotes what it could not make sense of, which may be what was asked for.
+            complaint, text = f"Redis does not speak its protocol: {type(error).__name__}", ""
         except RedisError as error:
             # "unknown command" goes on with what was sent.
-            text = str(error).partition(", with args")[0]
-            complaint = f"Redis refused: {type(error).__name__}: {text}"
-        raise OSError(complaint) from cause
+            complaint, text = f"Redis refused: {type(error).__name__}", str(error).partition(", with args")[0]
+        if quotes(text, told):
+            cause, text = None, ""
+        with without_locals():  # those of the client have its password
+            raise OSError(f"{complaint}: {text}" if text else complaint) from cause
 
     async def _open(self) -> Redis:
         home = (os.getpid(), asyncio.get_running_loop())
@@ -305,11 +346,17 @@ class RedisStorage:
 _inherited: Final[list[Redis]] = []
 
 
+class _Connections(Protocol):
+    def disconnect(self, inuse_connections: bool = True) -> Awaitable[None]: ...
+
+
 class _Commands(Protocol):
     """What is used of a client, whose own types are incomplete."""
 
     def get(self, name: str) -> Awaitable[object]: ...
     def scan(self, cursor: int, *, match: str, count: int) -> Awaitable[object]: ...
+    @property
+    def connection_pool(self) -> _Connections: ...
     def register_script(self, script: str) -> Callable[[tuple[str, ...], tuple[str, ...]], Awaitable[object]]: ...
 
 
@@ -324,13 +371,17 @@ class _SharedContext(SSLConnection):
 async def _insist(question: Callable[[_Commands], Awaitable[object]], client: _Commands) -> object:
     """Return the answer to `question`, which is asked again if the connection breaks.
 
-    That is what becomes of one that was idle for minutes. Every question may be asked twice: it would change nothing.
+    That is what becomes of one that was idle for minutes. It is also asked again, with a new connection, where the
+    other end has become a replica: after a failover the address leads to the new primary, and open connections to the
+    old one. Every question may be asked twice: it would change nothing.
     """
     for pause in islice(pauses(_LONGEST_PAUSE), _ATTEMPTS - 1):
         try:
             return await question(client)
         except AuthenticationError:
             raise
+        except ReadOnlyError:
+            await client.connection_pool.disconnect(inuse_connections=False)
         except RedisConnectionError:
             await asyncio.sleep(pause)
     return await question(client)

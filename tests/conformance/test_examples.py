@@ -105,6 +105,14 @@ async def test_the_fastapi_service_answers(settings: Mapping[str, str], monkeypa
     assert 0 < health.json()["seconds_left"] <= 300
 
 
+@pytest.mark.parametrize("path", [*EXAMPLES, *DOCUMENTS], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_database_that_is_shown_is_verified(path: Path) -> None:
+    shown = re.findall(r"postgres(?:ql)?://[^\s\"'`]+", path.read_text(encoding="utf-8"))
+
+    local = re.compile(r"//(?:[^/@]*@)?(?:localhost|127\.0\.0\.1|/|\{)")
+    assert [dsn for dsn in shown if not local.search(dsn) and "sslmode=verify-full" not in dsn] == []
+
+
 def blocks(document: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 

@@ -16,7 +16,7 @@ PACKAGE = Path(asyncpool_creds.__file__).parent
 
 # Each may import what stands before it.
 CORE = [
-    *("_errors", "_tracebacks", "_clock", "_alarm", "_fork", "_threads"),
+    *("_errors", "_tracebacks", "_loopback", "_clock", "_alarm", "_fork", "_threads"),
     *("_expiry", "_credential", "_policy", "_event_log", "_events", "_provider"),
     *("_manager", "_managers", "_keywords"),
     *("_target", "_tls", "_connect_errors", "_connector", "_connect_line"),
@@ -24,11 +24,14 @@ CORE = [
 ]
 WITH_ASYNCPG = set(CORE[CORE.index("_keywords") :]) - {"_handoff"}
 WITH_ASYNCPG_PRIVATES = {"_slots", "_fastpath", "_pool"}
-FOR_PROVIDERS = {"_credential", "_expiry", "_errors", "_tracebacks", "_clock", "_events", "_provider", "storage"}
+FOR_PROVIDERS = {
+    *("_credential", "_expiry", "_errors", "_tracebacks", "_loopback"),
+    *("_clock", "_events", "_provider", "storage"),
+}
 # What several sources have in common; each may import what stands before it, and every source all of them.
 SHARED_BY_PROVIDERS = [
-    *("_arguments", "_retry_after", "_document", "_http"),
-    *("_token_endpoint", "_exchange"),
+    *("_arguments", "_retry_after", "_document", "_redaction", "_http"),
+    *("_token_endpoint", "_spent", "_exchange"),
     *("_vault_login", "_vault_server"),
     *("_aws_errors", "_aws_account"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 
 import anyio
 import asyncpg
@@ -125,6 +126,21 @@ async def test_an_outage_longer_than_the_remaining_life_is_one_typed_error_and_e
     issued.clock.advance(400.0)
     await issued.world.assert_serves(pool)
     assert pool.stats().by_generation == {2: 2}
+    await issued.world.assert_closes(pool)
+
+
+@pytest.mark.parametrize("world", ["refuse"], indirect=True)
+async def test_an_outage_is_told_at_length_once_and_in_short_to_the_others(issued, outage):
+    pool = await issued.pool()
+    await outage(issued.issuer)
+    issued.clock.advance(LIFETIME)
+    outcomes = await asyncio.gather(*(pool.acquire() for _ in range(20)), return_exceptions=True)
+
+    first, *others = (len("".join(traceback.format_exception(one)).splitlines()) for one in outcomes)
+
+    assert first < 120
+    assert max(others) < 70
+    await issued.heal()
     await issued.world.assert_closes(pool)
 
 

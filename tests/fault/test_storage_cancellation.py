@@ -13,7 +13,7 @@ from redis_server import RedisServer
 from storages import Place
 from support import secret, tasks_of_ours
 
-from asyncpool_creds.storage import StoredTokens
+from asyncpool_creds.storage import SpentMarks, StoredTokens
 
 pytestmark = pytest.mark.anyio
 
@@ -118,8 +118,11 @@ async def test_cancelling_one_who_waits_anywhere_leaves_the_lock_to_its_holder(s
 
 
 @pytest.mark.parametrize("how", ["waiting", "ready", "twice"])
-@pytest.mark.parametrize("what", ["load", "save", "delete", "keys"])
+@pytest.mark.parametrize("what", ["load", "save", "delete", "keys", "load mark", "save mark", "remove mark"])
 async def test_cancelling_anything_else_anywhere_leaves_all_or_nothing_of_it(storage, others, what, how):
+    if what.endswith("mark") and not isinstance(storage, SpentMarks):
+        return  # memory has none
+
     async def once(run: Run) -> None:
         await storage.save("key", OLD)
         operations = {
@@ -127,6 +130,9 @@ async def test_cancelling_anything_else_anywhere_leaves_all_or_nothing_of_it(sto
             "save": lambda: storage.save("key", NEW),
             "delete": lambda: storage.delete("key"),
             "keys": storage.keys,
+            "load mark": lambda: storage.load_mark("key"),
+            "save mark": lambda: storage.save_mark("key", "a:b"),
+            "remove mark": lambda: storage.save_mark("key", None),
         }
 
         await run(operations[what]())

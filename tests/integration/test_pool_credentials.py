@@ -480,6 +480,29 @@ async def test_a_password_in_the_environment_is_told_once(cloud, monkeypatch, ca
     assert another.startswith("PGPASSFILE is set, and not used")
 
 
+async def test_a_password_in_the_environment_that_is_the_source_is_not_worth_a_word(cloud, monkeypatch, caplog):
+    held = cloud.provider.mint(600)
+    monkeypatch.setenv("PGPASSWORD", held.password)
+    cloud.provider.play(held)
+
+    async with cloud.pool() as pool:
+        assert await pool.fetchval("SELECT 1") == 1
+
+    assert warnings_in(caplog) == []
+
+
+async def test_a_source_that_is_given_the_user_may_call_it_otherwise(cloud, caplog):
+    class PerUser:
+        def bind(self, target):
+            cloud.provider.play(Credential(secret(), user="reporter" if target.user == "app" else "nobody"))
+            return cloud.provider
+
+    async with cloud.pool(credentials=PerUser(), max_size=1) as pool:
+        assert await pool.fetchval("SELECT current_user") == "reporter"
+
+    assert warnings_in(caplog) == []
+
+
 async def test_a_password_in_the_environment_is_no_matter_without_credentials(cloud, monkeypatch, caplog):
     monkeypatch.setenv("PGPASSWORD", "x")
 
@@ -495,8 +518,8 @@ async def test_a_user_that_the_source_overrules_is_told_once(cloud, caplog):
 
     (told,) = warnings_in(caplog)
     assert told == (
-        "the user 'app' of the connection arguments is not used: the credential of ScriptedProvider comes with the "
-        "user 'reporter'"
+        "the user 'app' of the connection arguments is not used: "
+        "the credential of ScriptedProvider comes with the user 'reporter'"
     )
 
 

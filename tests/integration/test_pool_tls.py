@@ -1,9 +1,11 @@
 """The guard that keeps credentials from leaving for another host in the clear."""
 
 import asyncio
+import inspect
 import socket
 import ssl
 
+import asyncpg
 import pytest
 import trustme
 from support import secret
@@ -291,6 +293,61 @@ async def test_without_a_host_the_local_server_is_found_as_ever(cloud, monkeypat
     await connection.close()
 
 
+WITH_SERVICES = "service" in inspect.signature(asyncpg.connect).parameters
+
+
+@pytest.mark.parametrize("where", ["environment", *(["service"] if WITH_SERVICES else [])])
+@pytest.mark.parametrize("moves", ["before the connect", "during the fetch"])
+async def test_a_server_that_moves_away_is_guarded_where_it_goes(listener, cloud, monkeypatch, tmp_path, where, moves):
+    def point(host, port):
+        if where == "environment":
+            monkeypatch.setenv("PGHOST", host)
+            monkeypatch.setenv("PGPORT", str(port))
+        else:
+            (tmp_path / "service").write_text(f"[db]\nhost={host}\nport={port}\n")
+            monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "service"))
+
+    async def fetch():
+        if moves == "during the fetch":
+            point(REMOTE, listener.port)
+        return await cloud.provider.fetch()
+
+    point("127.0.0.1", cloud.door.port)
+    dsn = "postgresql://?service=db" if where == "service" else None
+    manager = cloud.manager(fetch)
+    async with cloud.pool(
+        dsn=dsn, credentials=manager, user="app", database="postgres", ssl=False, min_size=0, max_size=1
+    ) as pool:
+        if moves == "during the fetch":
+            assert await pool.fetchval("SELECT 1") == 1
+            await pool.expire_connections()
+        point(REMOTE, listener.port)
+        with pytest.raises(InsecureTransport):
+            await pool.fetchval("SELECT 1")
+
+    assert (listener.connections, listener.received) == (0, b"")
+
+
+if WITH_SERVICES:
+
+    async def test_a_service_that_gives_up_tls_during_the_fetch_is_not_followed(listener, monkeypatch, tmp_path):
+        def write(mode):
+            file.write_text(f"[db]\nhost={REMOTE}\nport={listener.port}\nuser=app\nsslmode={mode}\n")
+
+        async def fetch():
+            write("disable")
+            return provide()
+
+        file = tmp_path / "service"
+        monkeypatch.setenv("PGSERVICEFILE", str(file))
+        write("require")
+
+        with pytest.raises(ConnectionError):
+            await connect("postgresql://?service=db", credentials=fetch)
+
+        assert listener.received == SSL_REQUEST
+
+
 async def test_all_connections_of_a_pool_share_a_context(tls_cloud, monkeypatch):
     made = []
     read = _target.read_tls_context
@@ -334,6 +391,25 @@ def test_where_a_context_is_not_ours_to_make_asyncpg_sees_for_itself(monkeypatch
         monkeypatch.setenv(name, value)
 
     assert _tls.TlsContext().of(f"postgresql://app@{REMOTE}:1/postgres{query}", arguments) is None
+
+
+def test_a_context_of_the_systems_authorities_is_made_anew_when_there_are_others(monkeypatch, tmp_path):
+    def names():
+        certificates = contexts.of(f"postgresql://app@{REMOTE}:1/postgres", {"ssl": True}).get_ca_certs()
+        return {dict(name[0] for name in one["issuer"]).get("organizationalUnitName") for one in certificates}
+
+    contexts = _tls.TlsContext()
+    for name in ("one", "another"):
+        trustme.CA(organization_unit_name=name).cert_pem.write_to_path(str(tmp_path / f"{name}.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "one.pem"))
+    assert names() == {"one"}
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "another.pem"))
+    assert names() == {"another"}
+
+    (tmp_path / "one.pem").replace(tmp_path / "another.pem")
+    assert names() == {"one"}
 
 
 @pytest.mark.parametrize("change", [{"PGSSLMODE": "verify-full"}, {"PGSSLMINPROTOCOLVERSION": "TLSv1.3"}])

@@ -60,6 +60,7 @@ OVERLOAD = [
     "login throttled",
     "Quota exceeded for IAM logins per minute",
     "IAM authentication rate limit reached",
+    "connection limit exceeded for role app",
 ]
 
 
@@ -87,6 +88,8 @@ def test_words_of_overload_pass_under_an_internal_error_too(text):
         PROTOCOL("The IAM authentication failed for the role app. Check the IAM token for this role and try again."),
         WRONG_PASSWORD("The password that was provided for the role app is wrong."),
         REFUSED("The access token has expired or is not valid"),
+        REFUSED("JWT: the lifetime of the token exceeds the limit"),
+        REFUSED("the maximum lifetime of the token was exceeded; try again with another"),
         caused_by(REFUSED("no pg_hba.conf entry for host, no encryption"), WRONG_PASSWORD("no")),
     ],
     ids=str,

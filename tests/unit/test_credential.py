@@ -40,6 +40,10 @@ def test_only_the_password_is_positional():
         ({"password": ""}, ValueError, "password is empty"),
         ({"password": "a\0b"}, ValueError, "NUL"),
         ({"password": "a\ud800b"}, ValueError, "password"),
+        ({"password": secret() * 6000}, ValueError, r"more than 65535 bytes.*PG_MAX_AUTH_TOKEN_LENGTH"),
+        ({"password": "é" * 40_000}, ValueError, "more than 65535 bytes"),
+        ({"user": "app\0options"}, ValueError, "user holds characters that no server accepts"),
+        ({"user": "app\udcff"}, ValueError, "user holds characters that no server accepts"),
         ({"user": 7}, TypeError, "user must be a non-empty str or None, not int"),
         ({"user": ""}, (TypeError, ValueError), "user must be a non-empty str"),
         ({"version": 7}, TypeError, "version must be a non-empty str"),
@@ -55,6 +59,10 @@ def test_a_wrong_argument_is_named(arguments, error, names):
         Credential(**({"password": secret()} | arguments))
 
     assert_no_secret(caught.value)
+
+
+def test_the_longest_password_that_postgresql_takes_is_one():
+    assert len(Credential("x" * 65_535).password) == 65_535
 
 
 def test_a_wrong_password_is_not_quoted():
@@ -215,3 +223,16 @@ class TestFromToken:
             pass
 
         assert type(Special.from_token(secret())) is Special
+
+
+@pytest.mark.parametrize(
+    "copy_fields", [dataclasses.asdict, dataclasses.astuple, pickle.dumps, lambda one: one.__getstate__()]
+)
+def test_a_credential_is_not_copied_field_by_field(copy_fields):
+    credential = Credential(secret(), user="app")
+
+    with pytest.raises(TypeError, match="Credential") as caught:
+        copy_fields(credential)
+
+    assert_no_secret(caught.value)
+    assert dataclasses.replace(credential, user="reporter").password == credential.password

@@ -181,19 +181,24 @@ def test_a_socket_in_a_directory_of_everybodys_is_used_if_it_is_named(monkeypatc
 
 
 def test_passwords_that_lie_around_are_found(monkeypatch, tmp_path):
+    def found(dsn=REMOTE, **arguments):
+        return ambient_passwords(dsn, arguments, besides="token")
+
     (tmp_path / "pgpass").touch()
     there, gone = str(tmp_path / "pgpass"), str(tmp_path / "gone")
 
-    assert ambient_passwords(REMOTE, {}) == []
-    assert ambient_passwords(REMOTE, {"passfile": there}) == ["passfile"]
-    assert ambient_passwords(REMOTE, {"passfile": gone}) == []
-    assert ambient_passwords(f"{REMOTE}?passfile={there}", {}) == ["passfile"]
+    assert found() == []
+    assert found(passfile=there) == ["passfile"]
+    assert found(passfile=gone) == []
+    assert found(f"{REMOTE}?passfile={there}") == ["passfile"]
     monkeypatch.setenv("PGPASSFILE", gone)
-    assert ambient_passwords(REMOTE, {}) == []
+    assert found() == []
     monkeypatch.setenv("PGPASSFILE", there)
-    assert ambient_passwords(REMOTE, {}) == ["PGPASSFILE"]
+    assert found() == ["PGPASSFILE"]
     monkeypatch.setenv("PGPASSWORD", "x")
-    assert ambient_passwords(REMOTE, {}) == ["PGPASSWORD", "PGPASSFILE"]
+    assert found() == ["PGPASSWORD", "PGPASSFILE"]
+    monkeypatch.setenv("PGPASSWORD", "token\n")  # where the source has it from
+    assert found() == ["PGPASSFILE"]
 
 
 def test_a_user_is_stated_or_that_of_the_operating_system(monkeypatch):

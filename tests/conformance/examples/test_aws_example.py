@@ -83,7 +83,7 @@ async def test_the_secrets_manager_example_runs() -> None:
             "AWS_DEFAULT_REGION": REGION,
         }
         with environment(**variables):
-            done = await run("aws_secrets_manager.py", DATABASE_URL=door.dsn(user="nobody"), SECRET="db")
+            done = await run("aws_secrets_manager.py", DATABASE_URL=door.dsn().replace("app@", ""), SECRET="db")
 
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["connected as app", "connected as app"]

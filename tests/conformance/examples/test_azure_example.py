@@ -19,7 +19,9 @@ async def test_the_azure_example_runs(claims: dict[str, str] | None, user: str |
     with MetadataStub(claims=claims) as stub, azure_environment(**virtual_machine(stub)):
         async with PostgresServer() as server, TokenDoor(server, stub.verify) as door:
             await server.create_role("ada")
-            environment = {**os.environ, "DATABASE_URL": door.dsn()} | ({"ENTRA_USER": user} if user else {})
+            environment = {**os.environ, "DATABASE_URL": door.dsn().replace("app@", "")} | (
+                {"ENTRA_USER": user} if user else {}
+            )
             done = await run_example("azure_entra.py", environment)
 
     assert done.stderr == ""

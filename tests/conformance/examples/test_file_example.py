@@ -38,7 +38,7 @@ async def test_the_file_example_runs(shape: str, tmp_path: Path) -> None:
         await server.create_role("ada")
         done = await anyio.run_process(
             [sys.executable, "-W", "error", EXAMPLE],
-            env={**os.environ, "DATABASE_URL": door.dsn(), **files},
+            env={**os.environ, "DATABASE_URL": door.dsn().replace("app@", ""), **files},
             check=False,
         )
 

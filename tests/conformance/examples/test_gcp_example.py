@@ -25,7 +25,7 @@ async def test_the_gcp_example_runs(where: str, tmp_path: Path) -> None:
             environment["GOOGLE_APPLICATION_CREDENTIALS"] = str(tmp_path / "key.json")
         async with PostgresServer() as server, TokenDoor(server, stub.verify) as door:
             await server.create_role("app@project.iam")
-            environment["DATABASE_URL"] = door.dsn()
+            environment["DATABASE_URL"] = door.dsn().replace("app@", "")
             done = await run_example("gcp_cloud_sql.py", environment)
 
     assert done.stderr == ""

@@ -58,7 +58,7 @@ from asyncpool_creds import (
     log_event,
 )
 from asyncpool_creds.providers.oauth2 import DevicePrompt, Grant, OAuth2, TokenSource
-from asyncpool_creds.storage import MemoryStorage, StoredTokens, TokenStorage
+from asyncpool_creds.storage import MemoryStorage, SpentMarks, StoredTokens, TokenStorage
 from asyncpool_creds.testing import RecordingObserver, ScriptedProvider, VirtualClock
 
 # Sources
@@ -294,6 +294,14 @@ class Storage:
         yield
 
 
+class StorageWithMarks(Storage):
+    async def load_mark(self, key: str) -> str | None:
+        return key
+
+    async def save_mark(self, key: str, mark: str | None) -> None: ...
+
+
+marks: SpentMarks = StorageWithMarks()
 storages: list[TokenStorage] = [MemoryStorage(), Storage()]
 grant: Grant = "password"
 token_sources: list[TokenSource] = ["token", plain_token, token]

@@ -200,6 +200,75 @@ async def test_managers_of_eight_processes_share_each_token_for_the_most_of_its_
     assert (issuer.replays, issuer.revoked_families) == (0, 0)
 
 
+# Robbed of what was stored
+
+
+async def empty(place):
+    async with place.opened() as storage:
+        for key in await storage.keys():
+            await storage.delete(key)
+
+
+async def test_a_restarted_process_does_not_send_what_was_spent_before(workers, place, issuer, login):
+    (before,) = await workers(**login)
+    await before.fetch()
+    before.leave()
+    await empty(place)
+
+    (after,) = await workers(**login)
+    answer = await after.fetch()
+
+    assert "was sent before" in answer["error"]
+    assert "A new login is needed" in answer["error"]
+    assert not answer["retryable"]
+    assert issuer.requests == {"refresh_token": 1}
+
+
+async def test_no_process_of_several_sends_what_another_has_spent(workers, place, issuer, login):
+    processes = await workers(3, **login)
+    for process in processes:
+        await process.fetch()
+    await empty(place)
+
+    answers = [await process.fetch() for process in processes]
+
+    assert all("A new login is needed" in answer["error"] for answer in answers)
+    assert issuer.requests == {"refresh_token": 1}
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
+async def test_a_restarted_process_sends_what_was_not_sent_before(workers, place, issuer, login):
+    login = {**login, "issuer": None, "token_url": issuer.token_url}
+    (before,) = await workers(**login)
+    await issuer.go_down()
+    assert "error" in await before.fetch()
+    before.leave()
+    await issuer.come_up()
+    await empty(place)
+
+    (after,) = await workers(**login)
+
+    assert "token" in await after.fetch()
+
+
+async def test_a_process_that_saw_a_token_superseded_does_not_send_it(workers, place, issuer, login):
+    one, other = await workers(2, **login)
+    for process in (one, other):
+        await process.fetch()
+    async with place.opened() as storage:
+        (key,) = await storage.keys()
+        backup = await storage.load(key)
+        for process in (one, other):
+            await process.fetch()
+
+        await storage.save(key, backup)
+    answers = [await process.fetch() for process in (other, one)]
+
+    assert all("gone back to an older state" in answer["error"] for answer in answers)
+    assert issuer.requests == {"refresh_token": 2}
+    assert (issuer.replays, issuer.revoked_families) == (0, 0)
+
+
 # Killed
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
+import traceback
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import httpx
 import pytest
-from support import FakeClock, secret, tasks_of_ours
+from support import FakeClock, assert_no_secret, secret, tasks_of_ours
 
 from asyncpool_creds import (
     CredentialRefreshed,
@@ -75,6 +78,14 @@ def refresh_token(issuer):
         return answer.json()["refresh_token"]
 
     return refresh_token
+
+
+_numbers = itertools.count(1)
+
+
+def unspent():
+    """Return a refresh token that this process has not sent yet, as it knows all those that it has."""
+    return secret(f"first {next(_numbers)}")
 
 
 async def refusal(provider):
@@ -428,7 +439,60 @@ async def test_what_a_storage_says_in_a_foreign_exception_is_not_repeated(make, 
 
     await make(**LOGIN, storage=ChattyStorage()).fetch()
 
-    assert [event.message for event in observer.of(StorageFailed)] == ["ValueError"]
+    (event,) = observer.of(StorageFailed)
+    assert re.fullmatch(r"ValueError at test_oauth2_sharing\.py:\d+ in load", event.message)
+    assert str(event.error) == f"the storage raised {event.message}"
+
+
+async def test_a_foreign_exception_of_a_storage_is_nowhere_in_the_error(make, refresh_token):
+    class ChattyStorage(MemoryStorage):
+        async def load(self, key):
+            raise LookupError(f"what is {secret('stored')}?")
+
+    error = await refusal(make(refresh_token=await refresh_token(), storage=ChattyStorage()))
+
+    assert str(error.__cause__).startswith("the storage raised LookupError at test_oauth2_sharing.py")
+    assert_no_secret(error)
+
+
+async def test_the_error_in_an_event_has_no_tokens_in_its_frames(issuer):
+    class CarelessStorage(MemoryStorage):
+        async def save(self, key, tokens):
+            text = tokens.to_json()
+            raise OSError(f"cannot save {len(text)} characters")
+
+    shown = []
+
+    def show(event):
+        if isinstance(event, StorageFailed):
+            shown.extend(traceback.TracebackException.from_exception(event.error, capture_locals=True).format())
+
+    provider = OAuth2(issuer.url, **LOGIN, storage=CarelessStorage())
+    provider.report_to(show)
+    credential = await provider.fetch()
+    await provider.aclose()
+
+    assert "cannot save" in "".join(shown)
+    assert credential.password not in "".join(shown)
+
+
+@pytest.mark.parametrize("what", ["lock", "load", "mark", None])
+async def test_an_error_leaves_no_token_in_the_frames_it_came_through(make, issuer, refresh_token, what):
+    storage = FailingStorage()
+    provider = make(refresh_token=await refresh_token(), storage=storage)
+    await provider.fetch()
+    if what is None:
+        issuer.lose_response()
+    else:
+        storage.failing = {what}
+
+    error = await refusal(provider)
+
+    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    issued = (await storage.load((await MemoryStorage.keys(storage))[0])).refresh_token if what != "load" else None
+    assert "in _run" in shown
+    assert issued is None or issued not in shown
+    assert not re.search(r"refresh_token = |token = '", shown)
 
 
 async def test_closing_saves_what_could_not_be_saved(make, issuer):
@@ -528,7 +592,7 @@ def tokens(number, **members):
 
 
 def test_what_could_not_be_saved_is_saved_in_the_background_with_growing_pauses():
-    script = Script(lambda _: tokens(1, refresh_token=secret("new")), refresh_token=secret("first"))
+    script = Script(lambda _: tokens(1, refresh_token=secret("new")), refresh_token=unspent())
     attempts = []
 
     class TimedStorage(FailingStorage):
@@ -563,7 +627,7 @@ def test_what_could_not_be_saved_is_saved_in_the_background_with_growing_pauses(
 
 @pytest.mark.parametrize("what", ["lock", "load"])
 def test_a_storage_that_fails_at_more_than_saving_is_tried_again_too(what):
-    script = Script(lambda _: tokens(1, refresh_token=secret("new")), refresh_token=secret("first"))
+    script = Script(lambda _: tokens(1, refresh_token=secret("new")), refresh_token=unspent())
     storage = FailingStorage("save")
 
     async def main():
@@ -583,7 +647,7 @@ def test_a_storage_that_fails_at_more_than_saving_is_tried_again_too(what):
 
 
 def test_what_another_has_stored_meanwhile_is_not_overwritten_in_the_background():
-    script = Script(lambda _: tokens(1, refresh_token=secret("mine")), refresh_token=secret("first"))
+    script = Script(lambda _: tokens(1, refresh_token=secret("mine")), refresh_token=unspent())
     storage = FailingStorage("save")
     others = StoredTokens(refresh_token=secret("others"))
 
@@ -603,7 +667,7 @@ def test_what_another_has_stored_meanwhile_is_not_overwritten_in_the_background(
 
 
 def test_closing_does_not_wait_for_ever_for_a_storage_that_hangs():
-    script = Script(lambda _: tokens(1, refresh_token=secret("new")), refresh_token=secret("first"))
+    script = Script(lambda _: tokens(1, refresh_token=secret("new")), refresh_token=unspent())
 
     class HangingStorage(FailingStorage):
         hangs = False
@@ -662,7 +726,7 @@ class Lives:
     def __init__(self, life, *, access=300.0, **options):
         self._life, self._access = life, access
         self._number = 0
-        self.script = Script(self._answer, **{"refresh_token": secret("first"), **options})
+        self.script = Script(self._answer, **{"refresh_token": unspent(), **options})
 
     def _answer(self, form):
         self._number += 1

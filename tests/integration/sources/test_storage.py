@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
+import pickle
+import pprint
+import traceback
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import anyio.to_thread
@@ -15,7 +20,7 @@ from storages import KEY, Place, steps_that_block
 from support import assert_no_secret, secret
 
 from asyncpool_creds import Credential
-from asyncpool_creds.storage import MemoryStorage, StoredTokens, TokenStorage
+from asyncpool_creds.storage import MemoryStorage, SpentMarks, StoredTokens, TokenStorage
 
 pytestmark = pytest.mark.anyio
 
@@ -364,7 +369,9 @@ def test_wrong_stored_tokens_are_refused(arguments, error, names):
     "change",
     [
         lambda document: [document],
-        lambda document: {**document, "format": 2},
+        lambda document: {**document, "format": 0},
+        lambda document: {**document, "format": "2"},
+        lambda document: {**document, "refresh_token": "x" * 1_048_576},
         lambda document: {**document, "refresh_token": 5},
         lambda document: {**document, "expires_at": "soon"},
         lambda document: {**document, "credential": [document["credential"]]},
@@ -378,6 +385,109 @@ def test_what_is_no_stored_tokens_is_an_error_that_shows_nothing(change):
     with pytest.raises(ValueError, match="no stored tokens, or damaged ones") as caught:
         StoredTokens.from_json(text)
     assert_no_secret(caught.value)
+
+
+@pytest.mark.parametrize("number", [2, 10**30])
+def test_tokens_of_a_later_format_are_called_that(number):
+    text = json.dumps({**json.loads(EVERYTHING.to_json()), "format": number, "refresh_token": [secret("sealed")]})
+
+    for given in (text, text.encode()):
+        with pytest.raises(
+            ValueError, match="was written by a later version of asyncpool_creds: install that"
+        ) as caught:
+            StoredTokens.from_json(given)
+        assert_no_secret(caught.value)
+
+
+# What others do with values: none of it shows a secret.
+
+
+@dataclass
+class Holder:
+    """What somebody may have tokens in."""
+
+    tokens: StoredTokens
+
+
+@pytest.mark.parametrize("thing", [EVERYTHING, Holder(EVERYTHING)], ids=["tokens", "holder"])
+@pytest.mark.parametrize("look", [asdict, astuple, pickle.dumps, json.dumps, lambda thing: json.dumps(asdict(thing))])
+def test_who_takes_tokens_apart_gets_an_error_and_no_secret(thing, look):
+    with pytest.raises(TypeError) as caught:
+        look(thing)
+
+    assert_no_secret(caught.value)
+    if look is not json.dumps:
+        assert "to_json()" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["__getstate__", "__reduce__"])
+def test_stored_tokens_have_no_state_for_picklers(method):
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        getattr(EVERYTHING, method)()
+    with pytest.raises(TypeError):
+        vars(EVERYTHING)
+
+
+def test_stored_tokens_show_nothing_when_they_are_shown():
+    shown = [repr(EVERYTHING), str(EVERYTHING), pprint.pformat(EVERYTHING), json.dumps([EVERYTHING], default=str)]
+
+    assert_no_secret(shown)
+
+
+def test_a_copy_of_tokens_is_the_tokens_and_replace_changes_them():
+    marked = replace(FIRST, is_being_spent=True)
+
+    assert copy.copy(EVERYTHING) is copy.deepcopy(EVERYTHING) is EVERYTHING
+    assert copy.deepcopy(Holder(EVERYTHING)).tokens is EVERYTHING
+    assert (marked.refresh_token, marked.is_being_spent) == (FIRST.refresh_token, True)
+    assert replace(marked, is_being_spent=False) == FIRST
+    assert hash(replace(marked, is_being_spent=False)) == hash(FIRST)
+
+
+# Marks.
+
+
+async def test_marks_are_kept_apart_from_tokens(storage, place):
+    if place.kind == "memory":
+        assert not isinstance(storage, SpentMarks)  # a mark would be gone with the tokens
+        return
+    assert isinstance(storage, SpentMarks)
+    assert await storage.load_mark("key") is None
+    await storage.save("key", FIRST)
+    async with storage.lock("key"):
+        await storage.save_mark("key", "a:b")
+    await storage.save_mark("another", "c:d")
+
+    assert await storage.load("key") == FIRST
+    assert await storage.keys() == ["key"]
+    await storage.delete("key")
+    assert (await storage.load_mark("key")).strip() == "a:b"
+
+    await storage.save_mark("key", None)
+    await storage.save_mark("never", None)
+    assert await storage.load_mark("key") is None
+    assert (await storage.load_mark("another")).strip() == "c:d"
+
+
+# Errors.
+
+
+async def test_no_token_is_in_the_frames_of_an_error(place, tmp_path):
+    if place.kind == "memory":
+        return  # it has no errors
+    if place.kind == "redis":
+        place = Place("redis", place.directory, "redis://127.0.0.1:1/0")
+    else:
+        tmp_path.joinpath("tokens").write_text("")
+        tmp_path.joinpath("locks").write_text("")
+    async with place.opened() as storage:
+        for ask in (storage.save, lambda key, _: storage.load(key)):
+            with pytest.raises(OSError) as caught:
+                await ask("key", EVERYTHING)
+
+            shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+            assert "storage" in shown
+            assert secret("password") not in shown
 
 
 def test_expiry_is_kept_in_utc():

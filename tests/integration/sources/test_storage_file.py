@@ -188,7 +188,7 @@ async def test_what_the_system_says_of_anything_else_is_told(storage, directory,
         lambda content: content + content,
         lambda content: content.replace(b"key", b"yek", 1),
         lambda content: content.replace(b'"key": "key"', b'"key": 5'),
-        lambda content: content.replace(b'"format": 1', b'"format": 2'),
+        lambda content: content.replace(b'"format": 1', b'"format": -2'),
         lambda content: b"\xff\0" + content,
         lambda content: b"[" * 100_000 + b"\n{}",
         lambda content: b"[]\n[]\n",
@@ -205,6 +205,95 @@ async def test_a_damaged_file_is_named_and_not_shown(storage, directory, damage)
     assert_no_secret(caught.value)
     await storage.save("key", OTHERS)
     assert await storage.load("key") == OTHERS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace(b'"format": 1', b'"format": 2'),
+        lambda content: b'{"format": 3}\n' + content,
+        lambda content: content.replace(b'"key": "key"', b'"format": 2, "key": "key"').replace(
+            b'"format": 1', b'"f": 1'
+        ),
+    ],
+)
+async def test_a_file_of_a_later_format_is_neither_read_nor_overwritten(storage, directory, change):
+    await storage.save("key", TOKENS)
+    (path,) = files(directory, "*.tokens")
+    path.write_bytes(content := change(path.read_bytes()))
+
+    for question in (storage.load("key"), storage.save("key", OTHERS), storage.keys()):
+        with pytest.raises(ValueError, match="was written by a later version of asyncpool_creds") as caught:
+            await question
+        assert str(path) in str(caught.value)
+        assert_no_secret(caught.value)
+
+    assert path.read_bytes() == content
+    await storage.delete("key")
+    await storage.save("key", OTHERS)
+
+
+async def test_a_file_over_a_mebibyte_is_neither_read_nor_overwritten(storage, directory):
+    await storage.save("key", TOKENS)
+    (path,) = files(directory, "*.tokens")
+    with path.open("ab") as file:
+        file.truncate(2**40)  # a sparse file: reading all of it would take all memory
+
+    for question in (storage.load("key"), storage.save("key", OTHERS), storage.keys()):
+        with pytest.raises(OSError, match="is larger than 1 MiB; delete it") as caught:
+            await question
+        assert caught.value.filename == str(path)
+
+    assert path.stat().st_size == 2**40
+
+
+async def test_tokens_over_a_mebibyte_are_not_saved(storage):
+    await storage.save("key", TOKENS)
+
+    with pytest.raises(OSError, match="these tokens are larger than 1 MiB") as caught:
+        await storage.save("key", StoredTokens(refresh_token=secret("x" * 1_048_576)))
+
+    assert_no_secret(caught.value)
+    assert await storage.load("key") == TOKENS
+
+
+async def test_as_much_as_can_be_saved_can_be_loaded(storage):
+    frame = len('{"key": "key"}\n\n') + len(StoredTokens(refresh_token="x").to_json()) - 1
+    for length, fits in ((1_048_576 - frame, True), (1_048_576 - frame + 1, False)):
+        tokens = StoredTokens(refresh_token="x" * length)
+        if fits:
+            await storage.save("key", tokens)
+            assert await storage.load("key") == tokens
+        else:
+            with pytest.raises(OSError, match="larger than 1 MiB"):
+                await storage.save("key", tokens)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+async def test_what_the_directory_lies_in_is_made_for_the_user_alone(tmp_path, mask):
+    there = tmp_path / "there"
+    there.mkdir()
+    there.chmod(0o755)
+    before = os.umask(mask)
+    try:
+        await FileStorage(there / "a" / "b" / "tokens").save("key", TOKENS)
+    finally:
+        os.umask(before)
+
+    made = [there / "a", there / "a" / "b", there / "a" / "b" / "tokens"]
+    assert [mode(path) for path in made] == [0o700] * 3
+    assert mode(there) == 0o755
+
+
+async def test_a_mark_is_a_private_file_that_outlives_the_tokens(storage, directory):
+    await storage.save("key", TOKENS)
+    await storage.save_mark("key", "a:b")
+
+    (path,) = files(directory, "*.spent")
+    assert mode(path) == 0o600
+    for tokens in files(directory, "*.tokens"):
+        tokens.unlink()
+    assert (await storage.load_mark("key")).strip() == "a:b"
 
 
 async def test_the_file_of_another_key_is_not_taken_for_ones_own(storage, directory):

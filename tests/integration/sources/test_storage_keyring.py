@@ -13,7 +13,7 @@ from filelock import FileLock
 from keyring.backend import KeyringBackend
 from keyring.backends.fail import Keyring as NoKeyring
 from keyring.backends.null import Keyring as KeyringOfNothing
-from keyring.errors import KeyringLocked
+from keyring.errors import KeyringLocked, PasswordSetError
 from keyrings.alt.file import PlaintextKeyring
 from support import assert_no_secret, secret
 
@@ -159,6 +159,8 @@ async def test_a_missing_part_is_named_and_nothing_is_shown(backend, tmp_path):
     ) as caught:
         await storage.load("key")
     assert_no_secret(caught.value)
+    await storage.save("key", TOKENS)
+    assert await storage.load("key") == TOKENS
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "split", "split a", "split a 0", "split c 1"])
@@ -171,6 +173,22 @@ async def test_a_damaged_entry_is_an_error(storage, backend, text):
         await storage.load("key")
     await storage.save("key", TOKENS)
     assert await storage.load("key") == TOKENS
+
+
+async def test_an_entry_of_a_later_format_is_neither_read_nor_overwritten(storage, backend):
+    await storage.save("key", TOKENS)
+    name = next(name for name in backend.entries if name[1].startswith("tokens"))
+    text = backend.entries[name] = backend.entries[name].replace('"format": 1', '"format": 2')
+
+    for question in (storage.load("key"), storage.save("key", LONG)):
+        with pytest.raises(ValueError, match="was written by a later version of asyncpool_creds") as caught:
+            await question
+        assert_no_secret(caught.value)
+
+    assert backend.entries[name] == text
+    await storage.delete("key")
+    await storage.save("key", LONG)
+    assert await storage.load("key") == LONG
 
 
 @pytest.mark.parametrize("text", ["", "{}", "nonsense"])
@@ -221,6 +239,21 @@ async def test_the_words_of_a_keyring_that_breaks_are_not_repeated(tmp_path):
         OSError, match=r"PlaintextKeyring\) failed: MissingSectionHeaderError; is it damaged\?"
     ) as caught:
         await storage.load("key")
+    assert_no_secret(caught.value)
+
+
+@pytest.mark.parametrize("length", [8, 20, 1000])
+async def test_a_keyring_that_quotes_what_it_was_given_is_not_repeated(backend, tmp_path, length):
+    class Chatty(Memory):
+        def set_password(self, service, username, password):
+            start = password.find(secret("r"))
+            if start >= 0:
+                raise PasswordSetError(f"cannot keep {password[start : start + length]!r}")
+
+    storage = KeyringStorage(backend=Chatty(), lock_directory=tmp_path)
+
+    with pytest.raises(OSError, match=r"Chatty\) refused: PasswordSetError; is it unlocked\?") as caught:
+        await storage.save("key", StoredTokens(refresh_token=secret("refresh")))
     assert_no_secret(caught.value)
 
 

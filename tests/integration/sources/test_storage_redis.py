@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import ssl
+import traceback
 import warnings
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ import anyio
 import pytest
 import trustme
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 from redis_server import RedisServer
 from storages import steps_that_block
 from support import assert_no_secret, secret, tasks_of_ours
@@ -128,6 +130,59 @@ async def test_a_damaged_entry_is_an_error_that_shows_nothing(storage, client):
     with pytest.raises(ValueError, match="damaged") as caught:
         await storage.load("key")
     assert_no_secret(caught.value)
+
+
+async def test_an_entry_of_a_later_format_is_neither_read_nor_overwritten(storage, client):
+    name = "asyncpool_creds:{key}:tokens"
+    text = TOKENS.to_json().replace('"format": 1', '"format": 2')
+    await client.set(name, text)
+
+    async with storage.lock("key"):
+        for question in (storage.load("key"), storage.save("key", OTHERS)):
+            with pytest.raises(ValueError, match="was written by a later version of asyncpool_creds") as caught:
+                await question
+            assert_no_secret(caught.value)
+
+    assert (await client.get(name)).decode() == text
+    await storage.delete("key")
+    await storage.save("key", OTHERS)
+    assert await storage.load("key") == OTHERS
+
+
+async def test_what_cannot_be_tokens_is_overwritten(storage, client):
+    await client.lpush("asyncpool_creds:{key}:tokens", "x")
+
+    await storage.save("key", TOKENS)
+
+    assert await storage.load("key") == TOKENS
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "5", "null", '{"format": "2"}', "\xff", "{}", '{"format": 1}'])
+async def test_what_is_no_later_format_is_overwritten(storage, client, text):
+    await client.set("asyncpool_creds:{key}:tokens", text)
+
+    await storage.save("key", TOKENS)
+
+    assert await storage.load("key") == TOKENS
+
+
+async def test_a_mark_has_no_end_and_outlives_the_tokens(storage, client):
+    await storage.save("key", StoredTokens(refresh_token=secret(), expires_at=datetime.now(UTC)))
+    await storage.save_mark("key", "a:b")
+    await client.delete("asyncpool_creds:{key}:tokens")
+
+    assert await storage.load_mark("key") == "a:b"
+    assert await client.ttl("asyncpool_creds:{key}:spent") == -1
+
+
+async def test_a_mark_is_not_saved_by_who_has_lost_the_lock(server, client):
+    async with RedisStorage(server.url()) as storage, RedisStorage(server.url()) as other, storage.lock("key"):
+        await client.delete("asyncpool_creds:{key}:lock")
+        async with other.lock("key"):
+            with pytest.raises(OSError, match="the lock was lost"):
+                await storage.save_mark("key", "a:b")
+
+        assert await storage.load_mark("key") is None
 
 
 async def test_an_entry_of_another_kind_is_an_error(storage, client):
@@ -269,6 +324,38 @@ async def test_a_server_that_is_gone_is_an_error_and_one_that_is_back_is_used_ag
             assert await storage.load("key") == OTHERS
 
 
+async def test_a_connection_to_what_has_become_a_replica_is_given_up(server, client):
+    with RedisServer(password=secret("redis")) as other:
+        port = server.port
+
+        async def pass_on(reader, writer):
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+
+            async def pump(source, target):
+                while data := await source.read(65536):
+                    target.write(data)
+                target.close()
+
+            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer), return_exceptions=True)
+
+        async with (
+            await asyncio.start_server(pass_on, "127.0.0.1", 0) as address,
+            RedisStorage(server.url(port=address.sockets[0].getsockname()[1])) as storage,
+        ):
+            await storage.save("key", TOKENS)
+            await client.replicaof("127.0.0.1", other.port)
+            try:
+                with pytest.raises(OSError, match="Redis refused: ReadOnlyError"):
+                    await storage.save("key", OTHERS)
+                port = other.port
+                async with storage.lock("key"):
+                    await storage.save("key", OTHERS)
+            finally:
+                await client.replicaof("NO", "ONE")
+
+            assert await storage.load("key") == OTHERS
+
+
 async def test_a_server_that_goes_and_comes_back_while_the_lock_is_held_takes_it_away():
     with RedisServer(password=secret("redis")) as server:
         async with RedisStorage(server.url(), lock_lifetime=0.3, timeout=0.5) as storage, storage.lock("key"):
@@ -320,9 +407,17 @@ async def test_a_save_that_was_given_up_is_not_done_after_the_lock_has_passed_on
 
 async def test_a_wrong_password_is_told_and_not_shown(server):
     async with RedisStorage(server.url(password=secret("wrong"))) as storage:
-        with pytest.raises(OSError, match=r"Redis cannot be used: AuthenticationError") as caught:
-            await storage.load("key")
-    assert_no_secret(caught.value, storage)
+        for question in (storage.load("key"), storage.save("key", TOKENS), storage.keys(), take(storage)):
+            with pytest.raises(OSError, match=r"Redis cannot be used: AuthenticationError") as caught:
+                await question
+            shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+            assert "redis/asyncio/connection.py" in shown
+            assert_no_secret(caught.value, storage, shown)
+
+
+async def take(storage):
+    async with storage.lock("key"):
+        pass
 
 
 async def test_a_server_without_scripts_is_told_of_and_shows_nothing():
@@ -330,6 +425,31 @@ async def test_a_server_without_scripts_is_told_of_and_shows_nothing():
         async with RedisStorage(server.url()) as storage:
             with pytest.raises(OSError, match=r"Redis refused: .*unknown command 'EVALSHA'$") as caught:
                 await storage.save("", StoredTokens(refresh_token=secret()))
+    assert_no_secret(caught.value)
+
+
+async def test_a_server_that_speaks_another_language_is_not_quoted():
+    async def answer(reader, writer):
+        await reader.read(100)
+        writer.write(f"{secret('stored by somebody')}\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with RedisStorage(f"redis://127.0.0.1:{port}/0", timeout=2) as storage:
+            with pytest.raises(OSError, match="Redis") as caught:
+                await storage.load("key")
+    assert_no_secret(caught.value)
+
+
+async def test_a_server_that_quotes_what_it_was_given_is_not_repeated(server, client, storage, monkeypatch):
+    async def refuse(*_, **__):
+        raise ResponseError(f"ERR cannot keep {TOKENS.to_json()[:60]}")
+
+    monkeypatch.setattr(Redis, "evalsha", refuse)
+    with pytest.raises(OSError, match=r"^Redis refused: ResponseError$") as caught:
+        await storage.save("key", TOKENS)
     assert_no_secret(caught.value)
 
 
@@ -348,6 +468,8 @@ async def test_the_commands_that_the_page_names_are_enough(server, client):
             await until(lambda: client.exists("asyncpool_creds:{key}:lock"))  # extended
         assert await storage.load("key") == TOKENS
         assert await storage.keys() == ["key"]
+        await storage.save_mark("key", "a:b")
+        assert await storage.load_mark("key") == "a:b"
         await storage.delete("key")
 
     refused = {entry[b"object"] for entry in await client.execute_command("ACL", "LOG")}
@@ -372,6 +494,8 @@ async def test_a_client_of_ones_own_is_used_and_left_open(server, client):
     async with RedisStorage(own) as storage:
         async with storage.lock("key"):
             await storage.save("key", TOKENS)
+            await storage.save_mark("key", "a:b")
+        assert await storage.load_mark("key") == "a:b"
         assert await storage.load("key") == TOKENS
         assert await storage.keys() == ["key"]
 
