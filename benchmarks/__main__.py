@@ -17,7 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncpool_creds.testing.postgres import PostgresServer
-from benchmarks import herd, machine, manager, plots, report, rotation, saturation, scale, throughput, token_paths
+from benchmarks import (
+    faults,
+    herd,
+    machine,
+    manager,
+    plots,
+    report,
+    rotation,
+    saturation,
+    scale,
+    throughput,
+    token_paths,
+)
 from benchmarks.figures import Result
 from benchmarks.pools import PASSWORD, ROLE
 from benchmarks.rounds import Cell, Conditions, Effort
@@ -30,10 +42,11 @@ _CELLS: Final[tuple[Cell, ...]] = (
     *manager.CELLS,
     *token_paths.CELLS,
     *scale.CELLS,
+    *faults.CELLS,
 )
-# What stands in the place of a loop where a cell brings its own.
-_VIRTUAL: Final = "virtual"
-_QUICK: Final = Effort(blocks=2, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10)
+_QUICK: Final = Effort(
+    blocks=2, rounds=4, slice=0.01, herds=3, rotations=1, steady=0.7, bursts=10, lives=(3.0,), pace=0.4
+)
 # A cell keeps the pools of all its contenders open at once.
 _MAX_CONNECTIONS: Final = 300
 
@@ -93,11 +106,19 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn between rounds only: a thread that draws would be measured too.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
-        turns = [(cell, loop) for cell in cells for loop in ([_VIRTUAL] if cell.is_virtual else loops)]
+        turns = [
+            (cell, loop)
+            for cell in cells
+            if cell.rounds(effort)
+            for loop in (loops if cell.only_loop is None else [cell.only_loop])
+        ]
         task = progress.add_task("", total=sum(cell.rounds(effort) for cell, _ in turns))
 
         def tick() -> None:
             progress.update(task, advance=1, refresh=True)
+
+        def say(line: str) -> None:
+            console.print(line, soft_wrap=True, highlight=False)
 
         for cell, loop in turns:
             progress.update(task, description=f"{cell.name} on {loop}", refresh=True)
@@ -105,7 +126,7 @@ def _run(
                 console.print(f"{cell.name} on {loop}")
             # The same order of turns whatever else is measured.
             chance = random.Random(f"{seed} {cell.name}")
-            conditions = Conditions(server=server, effort=effort, chance=chance, tick=tick)
+            conditions = Conditions(server=server, effort=effort, chance=chance, tick=tick, say=say)
             with asyncio.Runner(loop_factory=_LOOPS.get(loop)) as runner:
                 rows = runner.run(cell.measure(conditions))
             results.append(Result(cell=cell.name, group=cell.group, meaning=cell.meaning, loop=loop, rows=rows))

@@ -1,17 +1,20 @@
-"""Two pictures of a run: throughput by concurrency, and latency through a rotation; each as PNG and as SVG."""
+"""Pictures of a run: throughput by concurrency, latency through a rotation, what drills cost; as PNG and as SVG."""
 
 # matplotlib's arguments and results are only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from benchmarks.drills import DRILLS, PATIENT
+from benchmarks.faults import FAILED, GROUP, cell_name
 from benchmarks.peers import HELD, HELD_UNRESET, PSYCOPG, PSYCOPG_RESET, SQLALCHEMY
 from benchmarks.pools import OURS, PLAIN, UNRESET, WAITING
 from benchmarks.report import CellReport, Report
+from benchmarks.rounds import Effort
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +32,7 @@ _COLOURS: Final = {
     PSYCOPG_RESET: "#9ecae1",
     SQLALCHEMY: "#d95f0e",
 }
+_FAULT_COLOURS: Final = {OURS: "#0b6e4f", PATIENT: "#7fd1ae", PLAIN: "#d95f0e", PSYCOPG: "#1f77b4"}
 _TICKS: Final = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 _SHARES: Final = (("p50", "#9ecae1"), ("p99", "#3182bd"), ("longest", "#de2d26"))
 
@@ -50,6 +54,10 @@ def draw(report: Report, directory: Path) -> list[Path]:
     courses = [cell for cell in report["cells"] if cell["courses"]]
     for name in dict.fromkeys(cell["name"] for cell in courses):
         drawn += _save(_course([cell for cell in courses if cell["name"] == name]), directory / name)
+    faults = {cell["name"]: cell for cell in report["cells"] if cell["group"] == GROUP}
+    lives = [life for life in Effort().lives if any(cell_name(drill, life) in faults for drill in DRILLS)]
+    if lives:
+        drawn += _save(_faults(faults, lives), directory / "faults")
     return drawn
 
 
@@ -151,4 +159,26 @@ def _course(cells: Sequence[CellReport]) -> Canvas:
         axis.set_xlabel("seconds from the rotation")
     canvas.legend(*_legend(axes), loc="outside lower center", ncols=len(_SHARES))
     canvas.suptitle(cells[0]["meaning"].partition(":")[0])
+    return canvas
+
+
+# What drills cost
+
+
+def _faults(cells: Mapping[str, CellReport], lives: Sequence[float]) -> Canvas:
+    canvas, axes = _canvas(len(lives), 1, 3.4, sharex=True)
+    width = 0.8 / len(_FAULT_COLOURS)
+    for (axis,), life in zip(axes, lives, strict=True):
+        for place, (name, colour) in enumerate(_FAULT_COLOURS.items()):
+            found = [(x, cells.get(cell_name(drill, life))) for x, drill in enumerate(DRILLS)]
+            bars = [(x, cell["contenders"][name][FAILED]["median"]) for x, cell in found if cell is not None]
+            offsets = [x + (place - 1.5) * width for x, _ in bars]
+            axis.bar(offsets, [failed for _, failed in bars], width, color=colour, label=name)
+        # None at all is the best there is, and has to be seen beside thousands.
+        axis.set_yscale("symlog", linthresh=10)
+        axis.set_ylabel("failed queries")
+        axis.set_title(f"tokens of {life:g} s", fontsize="medium")
+        axis.grid(visible=True, axis="y", alpha=0.3)
+    axes[-1][0].set_xticks(range(len(DRILLS)), [drill.name for drill in DRILLS], rotation=30, ha="right")
+    canvas.legend(*_legend(axes), loc="outside lower center", ncols=len(_FAULT_COLOURS))
     return canvas

@@ -31,6 +31,9 @@ class Effort:
         rotations: Rounds of the rotation cell.
         steady: Seconds before a rotation.
         bursts: Rounds of the manager's cell.
+        drills: Rounds of a drill.
+        lives: Seconds that the tokens of the drills live; those for others are left out.
+        pace: What the seconds that the faults of a drill last are multiplied by, and those that are watched after them.
     """
 
     blocks: int = 10
@@ -40,12 +43,17 @@ class Effort:
     rotations: int = 7
     steady: float = 1.5
     bursts: int = 60
+    drills: int = 1
+    lives: tuple[float, ...] = (3.0, 20.0, 200.0)
+    pace: float = 1.0
 
     def with_rounds(self, rounds: int) -> Effort:
         """Return this with so many rounds in every cell (rounded up to whole blocks)."""
         blocks = min(self.blocks, rounds)
         in_block = math.ceil(rounds / blocks)
-        return replace(self, blocks=blocks, rounds=in_block, herds=rounds, rotations=rounds, bursts=rounds)
+        return replace(
+            self, blocks=blocks, rounds=in_block, herds=rounds, rotations=rounds, bursts=rounds, drills=rounds
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +65,14 @@ class Conditions:
         effort: How much to measure.
         chance: Decides whose turn it is.
         tick: To be called after each round, outside what is timed.
+        say: Shows a line above the progress.
     """
 
     server: PostgresServer
     effort: Effort
     chance: random.Random
     tick: Callable[[], None]
+    say: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +83,10 @@ class Cell:
         name: For ``--only``.
         group: The table it stands in.
         meaning: What it measures, in a sentence.
-        rounds: How many ticks it makes.
+        rounds: How many ticks it makes; none: it is left out.
         measure: Measures it.
         requires: Distributions that it cannot do without.
-        is_virtual: It brings an event loop of its own, on a virtual clock, so it is measured once and not on each loop.
+        only_loop: The one loop it is measured on; "virtual" if it brings its own, on a virtual clock; None: each.
     """
 
     name: str
@@ -85,7 +95,7 @@ class Cell:
     rounds: Callable[[Effort], int]
     measure: Callable[[Conditions], Coroutine[Any, Any, tuple[Row, ...]]]
     requires: tuple[str, ...] = ()
-    is_virtual: bool = False
+    only_loop: str | None = None
 
 
 async def play(contenders: Mapping[str, Measurement], rounds: int, conditions: Conditions) -> list[Round]:

@@ -408,7 +408,7 @@ CELLS: Final = (
         "managers that nobody calls, by the life of their tokens; a fetch takes one",
         rounds=_rounds,
         measure=_measure_idle,
-        is_virtual=True,
+        only_loop="virtual",
     ),
     Cell(
         name="scale-idle-pool",
@@ -417,7 +417,7 @@ CELLS: Final = (
         "whose token lives for a day",
         rounds=_rounds,
         measure=_measure_idle_pools,
-        is_virtual=True,
+        only_loop="virtual",
     ),
     Cell(
         name="scale-refresh",
@@ -426,7 +426,7 @@ CELLS: Final = (
         "(on the virtual clock), and how long the loop is busy at a stretch (on the real one)",
         rounds=_rounds,
         measure=_measure_refresh,
-        is_virtual=True,
+        only_loop="virtual",
     ),
     Cell(
         name="scale-life",

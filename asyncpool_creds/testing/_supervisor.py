@@ -1,8 +1,9 @@
 """The process that owns a throw-away PostgreSQL, so that it is gone whatever happens to whoever asked for it.
 
 Run as a script, with nothing but the standard library. The first line of standard input is the order, as JSON;
-the end of standard input means: stop the server and remove its directory. The only line on standard output
-is the answer, as JSON: where the server is, or what went wrong.
+each further byte means: restart the server; the end of standard input means: stop it and remove its directory. For the
+order and for each restart there is one line on standard output, the answer, as JSON: where the server is, or what
+went wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from typing import TYPE_CHECKING, NoReturn, TypedDict
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Answer", "Order"]
+__all__ = ["RESTART", "Answer", "Order"]
+
+RESTART = b"r"
+"""The byte that asks for a restart."""
 
 # sun_path holds 104 bytes on macOS and 108 on Linux (unix(4), unix(7)).
 _SOCKET_PATH_LIMIT = 100
@@ -159,7 +163,10 @@ class _Server:
         raise _FailedError("\n".join(failures))
 
     def start(self) -> int:
-        """Start the server and return its port."""
+        """Start the server for the first time and return its port."""
+        data = self.directory / "data"
+        (data / "postgresql.conf").write_text(self.order["configuration"])
+        (data / "pg_hba.conf").write_text(self.order["hba"])
         ports = (
             [self.order["port"]]
             if self.order["port"]
@@ -172,11 +179,11 @@ class _Server:
         raise _FailedError(f"the port is taken; the log of the server ends with\n{_tail(self.directory / 'log')}")
 
     def _start_on(self, port: int) -> None:
+        """Start the server on this port; its log goes on where it was."""
         data = self.directory / "data"
-        (data / "postgresql.conf").write_text(self.order["configuration"])
-        (data / "pg_hba.conf").write_text(self.order["hba"])
         log = self.directory / "log"
-        with log.open("wb") as output:
+        with log.open("ab") as output:
+            began = output.tell()
             self.process = self.identity.popen(
                 [
                     self.program("postgres"),
@@ -194,7 +201,7 @@ class _Server:
         while not _is_ready(data / "postmaster.pid"):
             status = self.process.poll()
             if status is not None:
-                text = log.read_text(errors="replace")
+                text = log.read_bytes()[began:].decode(errors="replace")
                 if "Address already in use" in text:
                     raise _PortTakenError
                 raise _FailedError(f"postgres: exit status {status}; its log ends with\n{_tail(log)}")
@@ -203,8 +210,35 @@ class _Server:
             if time.monotonic() > deadline:
                 raise _FailedError(f"postgres: not ready after {_STEP_TIMEOUT:.0f} s; its log ends with\n{_tail(log)}")
 
-    def stop(self) -> None:
-        """Stop the server, if it runs, and remove the directory."""
+    def serve(self, port: int, version: str) -> None:
+        """Tell where the server is, and restart it whenever asked, until it is to be stopped."""
+        self._answer(port, version)
+        parent = self.order["parent"]
+        while True:
+            if _is_abandoned(parent, 1.0):
+                if os.getppid() != parent or os.read(0, 1) != RESTART:
+                    return
+                self._restart(port)
+                self._answer(port, version)
+            elif self.process is not None:
+                self.process.poll()
+
+    def _restart(self, port: int) -> None:
+        """Stop the server and start it again where it was."""
+        self._shut_down()
+        try:
+            self._start_on(port)
+        except _PortTakenError as error:
+            raise _FailedError(f"port {port} was taken while the server was restarted") from error
+
+    def _answer(self, port: int, version: str) -> None:
+        """Tell whoever asked for the server where it is."""
+        if self.process is not None:
+            directory = str(self.directory)
+            _answer(Answer(error="", directory=directory, port=port, pid=self.process.pid, version=version))
+
+    def _shut_down(self) -> None:
+        """Stop the server, if it runs."""
         process = self.process
         if process is not None and process.poll() is None:
             # "Fast shutdown": its clients are told (57P01). If that takes too long, shared memory goes with SIGQUIT.
@@ -213,6 +247,10 @@ class _Server:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_TIMEOUT)
                     break
+
+    def stop(self) -> None:
+        """Stop the server, if it runs, and remove the directory."""
+        self._shut_down()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -308,13 +346,7 @@ def main() -> None:
         if _is_abandoned(order["parent"], 0.0):
             return
         port = server.start()
-        if server.process is not None:
-            _answer(
-                Answer(error="", directory=str(server.directory), port=port, pid=server.process.pid, version=version)
-            )
-        while not _is_abandoned(order["parent"], 1.0):
-            if server.process is not None:
-                server.process.poll()
+        server.serve(port, version)
     except (OSError, _FailedError) as error:
         with contextlib.suppress(BrokenPipeError):
             _answer({**nothing, "error": str(error)})

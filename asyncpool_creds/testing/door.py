@@ -164,17 +164,17 @@ class TokenDoor:
         self._board = _Board(backend)
         self._tls = tls or require_tls
         self._server: asyncio.Server | None = None
+        self._port = 0
 
     # Life.
 
     async def __aenter__(self) -> Self:
-        if self._server is not None:
-            raise RuntimeError("the door is open already")
-        loop = asyncio.get_running_loop()
         board = self._board
+        if board.is_open:
+            raise RuntimeError("the door is open already")
         board.material = _Material() if self._tls else None
         try:
-            self._server = await loop.create_server(lambda: _Session(self, board, loop).client, _HOST, 0, backlog=1024)
+            await self._listen()
         except BaseException:
             board.remove_material()
             raise
@@ -184,12 +184,12 @@ class TokenDoor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        server, self._server = self._server, None
-        if server is None:
-            return
-        server.close()
         board = self._board
+        if not board.is_open:
+            return
         board.is_open = False
+        self._stop_listening()
+        self._port = 0
         sessions = list(board.sessions)
         for session in sessions:
             session.kill()
@@ -211,10 +211,8 @@ class TokenDoor:
     @property
     def port(self) -> int:
         """The TCP port."""
-        if self._server is None:
-            raise RuntimeError("the door is not open; use it inside 'async with TokenDoor(...) as door:'")
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
+        self._check_open()
+        return self._port
 
     @property
     def ca_pem_path(self) -> str:
@@ -268,6 +266,20 @@ class TokenDoor:
             fault.over.set()
         self._board.faults.clear()
 
+    async def go_down(self) -> None:
+        """Refuse new TCP connections, as a host does on which no server listens, until `come_up`.
+
+        Those that stand are left alone: `kill_connections` ends them.
+        """
+        self._check_open()
+        self._stop_listening()
+
+    async def come_up(self) -> None:
+        """Listen again, on the same port."""
+        self._check_open()
+        if self._server is None:
+            await self._listen()
+
     def kill_connections(self) -> int:
         """Reset every connection (TCP RST), logging in or let in, as a fail-over does; return how many."""
         sessions = list(self._board.sessions)
@@ -281,6 +293,14 @@ class TokenDoor:
         Idle ones go now, and are counted; those with a query or a transaction go as soon as it ends.
         """
         return sum(session.recycle() for session in list(self._board.sessions))
+
+    def close_idlest(self) -> bool:
+        """Say good-bye in the same way to the connection that has been idle for longest; return whether one was idle.
+
+        As a load balancer does that cuts connections on which nothing has come for a while.
+        """
+        idle = [session for session in self._board.sessions if session.is_idle]
+        return bool(idle) and min(idle, key=lambda session: session.last_used).recycle()
 
     async def reached(self, stage: Stage, count: int = 1) -> None:
         """Wait until `count` connections have come as far as `stage`.
@@ -304,6 +324,23 @@ class TokenDoor:
             await waiter
         finally:
             self._board.waiters.remove(entry)
+
+    async def _listen(self) -> None:
+        loop, board = asyncio.get_running_loop(), self._board
+        server = await loop.create_server(
+            lambda: _Session(self, board, loop).client, _HOST, self._port, backlog=1024, reuse_address=True
+        )
+        self._port = server.sockets[0].getsockname()[1]
+        self._server = server
+
+    def _stop_listening(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+    def _check_open(self) -> None:
+        if not self._board.is_open:
+            raise RuntimeError("the door is not open; use it inside 'async with TokenDoor(...) as door:'")
 
     def _material(self) -> _Material:
         material = self._board.material
@@ -385,6 +422,7 @@ class _End(asyncio.Protocol):
                 self._more.set_result(None)
             return
         other.transport.write(data)
+        self._session.last_used = self._loop.time()
         self.last = data if len(data) >= len(_READY_IDLE) else self.last[1 - len(_READY_IDLE) :] + data
         other.last = b""
         if self._session.leaving:
@@ -439,6 +477,7 @@ class _Session:
         self.client = _End(self, loop)
         self.backend: _End | None = None
         self.leaving = False
+        self.last_used = loop.time()
         self._door = door
         self._board = board
         self._loop = loop
@@ -481,10 +520,15 @@ class _Session:
             end.reset()
         self.end()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is let in and has neither a query nor a transaction."""
+        return not self._is_over and self.backend is not None and self.backend.last.endswith(_READY_IDLE)
+
     def recycle(self) -> bool:
         """Say good-bye to the client if it is idle, else as soon as it is; return whether it was."""
         self.leaving = True
-        if self._is_over or self.backend is None or not self.backend.last.endswith(_READY_IDLE):
+        if not self.is_idle:
             return False
         self.client.transport.write(_error(*_TERMINATED))
         self.end()

@@ -129,6 +129,32 @@ def test_tokens_are_compared_where_the_connectors_are_and_their_absence_is_named
     assert ("token is left out" in run.stderr) is not are_there
 
 
+def test_a_drill_takes_all_contenders_through_it_at_once_and_is_drawn_and_written_down(tmp_path):
+    run = _benchmarks("--results", str(tmp_path), "--only", "faults-restart")
+    page = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults_page", str(tmp_path / "figures.json")],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    (restart,) = json.loads((tmp_path / "figures.json").read_text())["cells"]
+    contenders = restart["contenders"]
+    assert (run.returncode, page.returncode) == (0, 0), run.stderr + page.stderr
+    assert (restart["name"], restart["loop"]) == ("faults-restart-3", "asyncio")
+    assert set(contenders) == {"asyncpool_creds", "asyncpool_creds, connect_patience=10", "asyncpg", "psycopg_pool"}
+    assert all(figures["queries"]["median"] > 100 for figures in contenders.values())
+    assert contenders["asyncpg"]["failed"]["median"] > 0
+    assert contenders["asyncpool_creds"]["lost beyond asyncpg's"]["at_most"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "faults.png", "faults.svg"}
+    assert "failed (" in run.stderr
+    assert f"| database restarted | {contenders['asyncpool_creds']['failed']['median']:,.0f}" in page.stdout.replace(
+        "| **", "| "
+    )
+
+
 def test_a_cell_that_does_not_exist_is_refused_with_the_names_of_those_that_do():
     run = _benchmarks("--only", "nonsense")
 

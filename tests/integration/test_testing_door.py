@@ -325,6 +325,46 @@ async def test_close_connections_takes_idle_ones_now_and_others_when_they_are_id
         busy.terminate()
 
 
+async def test_the_idlest_connection_is_closed_alone_and_one_that_works_never(server):
+    async with TokenDoor(server, verify) as door:
+        first, second = await connect(door), await connect(door)
+        working = asyncio.ensure_future(first.fetchval("SELECT pg_sleep(0.2)"))
+        await asyncio.sleep(0.05)
+
+        assert door.close_idlest()
+        await door.until(lambda: door.live == 1)
+        assert not door.close_idlest()
+        await working
+
+        assert not first.is_closed()
+        assert second.is_closed()
+        await first.close()
+
+
+async def test_a_door_that_is_down_refuses_newcomers_leaves_the_others_and_comes_up_on_its_port(server):
+    async with TokenDoor(server, verify) as door:
+        connection, port = await connect(door), door.port
+        await door.go_down()
+        await door.go_down()
+
+        with pytest.raises(ConnectionRefusedError):
+            await connect(door)
+        assert await connection.fetchval("SELECT 1") == 1
+
+        await door.come_up()
+        await door.come_up()
+        another = await connect(door)
+        assert (await another.fetchval("SELECT 1"), door.port) == (1, port)
+        await another.close()
+        await connection.close()
+        await door.go_down()
+
+    with pytest.raises(RuntimeError, match="not open"):
+        await door.come_up()
+    async with door:
+        await (await connect(door)).close()
+
+
 async def test_what_a_closed_client_is_told_is_57p01(server):
     async with TokenDoor(server, verify) as door:
         reader, writer = await asyncio.open_connection(door.host, door.port)

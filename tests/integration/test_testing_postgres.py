@@ -306,3 +306,41 @@ async def test_a_reload_makes_new_rules_count():
 
         with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
             await asyncpg.connect(server.dsn(user="app"))
+
+
+async def test_a_restart_tells_the_clients_keeps_port_data_and_log_and_makes_a_new_process():
+    async with PostgresServer() as server:
+        await server.execute("CREATE TABLE kept AS SELECT 1 AS x")
+        connection = await asyncpg.connect(server.dsn())
+        port, pid = server.port, server.pid
+        told = []
+        connection.add_termination_listener(told.append)
+        server.reload(settings={"work_mem": "5MB"})
+
+        await anyio.to_thread.run_sync(server.restart)
+        await anyio.to_thread.run_sync(server.restart)
+
+        with pytest.raises(asyncpg.InterfaceError):
+            await connection.fetchval("SELECT 1")
+        assert told
+        assert server.port == port
+        assert server.pid != pid
+        assert not is_running(pid)
+        assert [row["x"] for row in await server.fetch("SELECT x FROM kept")] == [1]
+        assert (await server.fetch("SHOW work_mem"))[0][0] == "5MB"
+        assert server.log().count("received fast shutdown request") == 2
+        place = (server.pid, port, server.socket_directory)
+    assert_is_gone(*place)
+
+
+def test_a_restart_that_fails_says_why_and_leaves_nothing():
+    with PostgresServer() as server:
+        place = (server.pid, server.port, server.socket_directory)
+        Path(server.socket_directory, "data", "postgresql.conf").write_text("no line of a configuration\n")
+
+        with pytest.raises(RuntimeError, match="syntax error"):
+            server.restart()
+
+        assert_is_gone(*place, within=DEADLINE)
+        with pytest.raises(RuntimeError, match="does not run"):
+            server.restart()

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import compare, figures, report
+from benchmarks import compare, drills, faults, faults_page, figures, report
+from benchmarks.__main__ import _QUICK
 from benchmarks.figures import Figure, Result, Row
 from benchmarks.rounds import Effort
 
@@ -109,7 +110,7 @@ def test_a_number_of_rounds_holds_for_every_cell(rounds):
     effort = Effort().with_rounds(rounds)
 
     assert rounds <= effort.blocks * effort.rounds < rounds + effort.blocks
-    assert {effort.herds, effort.rotations, effort.bursts} == {rounds}
+    assert {effort.herds, effort.rotations, effort.bursts, effort.drills} == {rounds}
 
 
 # Two runs
@@ -206,3 +207,79 @@ def test_a_file_that_is_no_report_is_refused_with_2(tmp_path, capsys, text, comp
 
     assert compare.main([str(bad), str(good)]) == 2
     assert complaint in capsys.readouterr().err
+
+
+# Drills
+
+
+def test_a_whole_run_of_the_drills_stays_below_25_minutes_and_a_quick_one_below_3():
+    assert sum(cell.rounds(Effort()) for cell in faults.CELLS) < 25 * 60
+    assert sum(cell.rounds(_QUICK) for cell in faults.CELLS) < 3 * 60
+
+
+@pytest.mark.parametrize(
+    ("drill", "name", "rival", "lost", "expected"),
+    [
+        ("403", drills.OURS, drills.PLAIN, 0, 0),
+        ("403", drills.OURS, drills.PLAIN, 3, 3),
+        ("dns", drills.OURS, drills.PLAIN, 100, 160),
+        ("dns", drills.PATIENT, drills.PSYCOPG, 0, 0),
+        ("dns", drills.PATIENT, drills.PSYCOPG, 100, 160),
+    ],
+)
+def test_ours_may_lose_as_many_as_the_other_and_more_only_where_chance_decides(drill, name, rival, lost, expected):
+    (drill,) = (one for one in drills.DRILLS if one.name == drill)
+    in_flight = 7
+    outcome = drills.Outcome(
+        queries=9000,
+        failed=lost + in_flight,
+        in_flight=in_flight,
+        longest=1.0,
+        recovered=0.0,
+        errors={"OSError": lost},
+        is_well=True,
+    )
+
+    assert faults.allowed(drill, name, {rival: outcome}) == pytest.approx(expected)
+
+
+def test_the_first_refresh_is_near_however_long_tokens_live():
+    lives = {life: drills.Timing(life=life) for life in (3, 20, 200)}
+
+    assert {life: timing.first_life - timing.last_fifth for life, timing in lives.items()} == {
+        3: pytest.approx(2.4),
+        20: 4,
+        200: 4,
+    }
+    assert {life: timing.outage for life, timing in lives.items()} == {3: 9, 20: 60, 200: 74}
+
+
+@pytest.mark.parametrize(("over_asyncpg", "shown"), [(0.0, "| 1,234 (5) · 2.00 s · 0.3 s |"), (7.0, "| **1,234 (5)")])
+def test_the_page_of_the_drills_shows_what_was_lost_and_marks_what_is_worse(over_asyncpg, shown):
+    seen = {"failed": 1234.0, "of them in flight": 5.0, "longest s": 2.0, "s to full recovery": 0.31}
+    rows = [Row(name, tuple(Figure(*one) for one in _each_once(seen))) for name in drills.CONTENDERS]
+    rows[0] = Row(rows[0].contender, (*rows[0].figures, Figure("lost beyond asyncpg's", (over_asyncpg,), at_most=0)))
+    result = Result(cell="faults-403-20", group="faults", meaning="", loop="asyncio", rows=tuple(rows))
+    versions = ("cpu", "cores", "python", "asyncpg", "psycopg", "psycopg-pool", "postgres", "asyncpool_creds")
+
+    page = faults_page.render(report.assemble(dict.fromkeys(versions, "x"), {}, [result]))
+
+    (row,) = (line for line in page.splitlines() if line.startswith("| one 403 |") and "1,234" in line)
+    assert shown in row.removeprefix("| one 403 ")
+
+
+def _each_once(values):
+    return [(name, (value,)) for name, value in values.items()]
+
+
+def test_a_run_without_drills_has_no_page():
+    with pytest.raises(ValueError, match="no drills"):
+        faults_page.render(report.assemble({}, {}, [_result(Figure("ms", (1.0,)))]))
+
+
+def test_the_page_in_the_docs_is_what_the_stored_run_came_to():
+    stored = Path(__file__).parents[2] / "benchmarks/results/faults/figures.json"
+
+    page = faults_page.render(json.loads(stored.read_text()))
+
+    assert (Path(__file__).parents[2] / "docs/faults.md").read_text() == page
