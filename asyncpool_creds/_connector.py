@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 import sys
@@ -41,6 +42,9 @@ AnyConnection: TypeAlias = "asyncpg.Connection[Any]"
 ConnectFunction: TypeAlias = Callable[..., Coroutine[Any, Any, AnyConnection]]
 
 _logger = logging.getLogger("asyncpool_creds")
+
+# The next connect may take longer than the last.
+_CONNECT_MARGIN: Final = 1.25
 
 _TWO_REFUSED: Final = (
     "; it was fetched because the one before it was refused: compare the role, and the token's issuer, audience and "
@@ -192,14 +196,15 @@ class Connector:
     ) -> tuple[AnyConnection, Stamp]:
         # The stamp is the one whose secret is used: a rotation during the handshake leaves it behind.
         stamp = await manager.stamp()
+        began = manager.clock.monotonic()
         try:
             return await self._connect_with(manager, stamp, dsn, arguments, force_tls=force_tls), stamp
         except Exception as error:
             if not self._is_refused(error):
                 error.add_note(_note(manager, stamp, error))
                 raise
-            left = stamp.seconds_left(manager.clock)
-            newer = await self._ask_for_newer(manager, stamp, error)
+            left, took = stamp.seconds_left(manager.clock), manager.clock.monotonic() - began
+            newer = await self._ask_for_newer(manager, stamp, error, lasting=took)
             if newer is None:
                 raise
         try:
@@ -216,11 +221,19 @@ class Connector:
         self._warn_of_unknown_lifetime(manager, stamp)
         return connection, newer
 
-    async def _ask_for_newer(self, manager: TokenManager, stamp: Stamp, refusal: Exception) -> Stamp | None:
+    async def _ask_for_newer(
+        self, manager: TokenManager, stamp: Stamp, refusal: Exception, *, lasting: float
+    ) -> Stamp | None:
+        """Return the stamp of a newer credential, if any; if it can, one that outlives `lasting` seconds."""
         manager.invalidate(stamp.credential)
         newer: Stamp | None = None
         try:
             newer = await manager.stamp()
+            if newer.seconds_left(manager.clock) <= lasting * _CONNECT_MARGIN:
+                # It would end during a connect that takes as long as this one did.
+                with contextlib.suppress(CredentialError):
+                    await manager.refresh()
+                newer = await manager.stamp()
         except CredentialError as error:
             outcome = f"; the server refused it and no new one is to be had: {error}"
             refusal.add_note(_note(manager, stamp, refusal, outcome))

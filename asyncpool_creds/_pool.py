@@ -196,8 +196,14 @@ class CredentialPool(_Pool[RecordT]):
         super().__init__(dsn, **arguments)
 
         self._slot_queue = SlotQueue(fair=fair)
-        self._connect_line = ConnectLine(
-            self._loop, patience=patience, passes=is_passing, report=self._report_connect_failure
+        self._connect_line: ConnectLine[AnyConnection] = ConnectLine(
+            self._loop,
+            connect=self._new_connection,
+            patience=patience,
+            passes=self._is_passing,
+            report=self._report_connect_failure,
+            discard=self._find_a_slot,
+            is_waiting=self._somebody_waits,
         )
         # With a reset= of the user's own, too, which is for asyncpg to call.
         self._checks_out_itself = fast_path and is_supported()
@@ -367,6 +373,7 @@ class CredentialPool(_Pool[RecordT]):
                 self._slot_queue.close()
             try:
                 await self._rotation.stop()
+                await self._connect_line.wait_closed()
             except BaseException:
                 self.terminate()
                 raise
@@ -383,7 +390,7 @@ class CredentialPool(_Pool[RecordT]):
         if self._is_inherited:
             return
         super().terminate()
-        self._connect_line.close()
+        self._connect_line.abandon()
         self._slot_queue.close()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
@@ -498,15 +505,17 @@ class CredentialPool(_Pool[RecordT]):
             await done
 
     async def _get_new_connection(self) -> AnyConnection:
-        return await self._rotation.take_spare() or await self._new_connection(replacement=False)
+        spare = await self._rotation.take_spare()
+        if spare is not None:
+            return spare
+        if not self._initialized or self._is_maintaining_floor():
+            return await self._new_connection()
+        return await self._connect_line.open()
 
-    async def _new_connection(self, *, replacement: bool) -> AnyConnection:
+    async def _new_connection(self, *, replacement: bool = False) -> AnyConnection:
         started = self._clock.monotonic()
         try:
-            if replacement or not self._initialized or self._is_maintaining_floor():
-                connection = await self._connect_once()
-            else:
-                connection = await self._connect_line.open(self._connect_once)
+            connection = await self._connect_once()
         except ManagerClosed:
             if not self.is_closing():
                 raise
@@ -529,6 +538,34 @@ class CredentialPool(_Pool[RecordT]):
             )
         )
         return connection
+
+    def _is_passing(self, error: BaseException) -> bool:
+        # Of a pool that has been let in before, a refusal may pass too: a clock that is ahead, keys that are rotated.
+        return is_passing(error) or (self._opened > 0 and self._is_refusal(error))
+
+    def _somebody_waits(self, waiting: bool) -> None:
+        self.released = self._released_to_line if waiting else self._rotation.released
+
+    def _released_to_line(self, slot: Slot) -> None:
+        """`slot` has come back: its connection changes over to the slot of whoever waits longest for one."""
+        connection = slot.connection
+        if (
+            connection is not None
+            and slot.is_at_rest
+            and self.end_of(connection) is None
+            and self._connect_line.give(connection)
+        ):
+            slot.vacate()
+        else:
+            self._rotation.released(slot)
+
+    def _find_a_slot(self, connection: AnyConnection) -> None:
+        """Keep a connection that was opened for somebody who has got another meanwhile."""
+        vacant = next((slot for slot in self.slots() if slot.is_vacant), None)
+        if vacant is None or connection.is_closed() or self.is_closing():
+            self.close_later(connection)
+        else:
+            vacant.settle(connection)
 
     def _report_connect_failure(self, error: Exception, waiting: int, retry_in: float) -> None:
         message = class_and_code(error)

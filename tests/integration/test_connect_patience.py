@@ -8,9 +8,11 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from asyncpool_creds import create_pool
+from asyncpool_creds import ConnectFailed, create_pool
+from asyncpool_creds.testing.door import Stage
 
 pytestmark = pytest.mark.anyio
+PID = "SELECT pg_backend_pid()"
 FAULTS = ["down", "starting_up", "too_many_connections"]
 
 
@@ -59,11 +61,52 @@ async def test_a_deadline_of_the_caller_ends_it_sooner(cloud):
         assert await pool.fetchval("SELECT 1", timeout=5) == 1
 
 
-async def test_a_refused_credential_is_no_reason_to_wait(cloud):
+async def test_a_credential_that_was_never_accepted_is_no_reason_to_wait(cloud):
     async with cloud.pool(max_size=1, min_size=0, connect_patience=60) as pool:
         cloud.refuses_all = True
         with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
             await pool.fetchval("SELECT 1")
+
+
+async def test_a_refusal_passes_where_credentials_were_accepted_before(cloud):
+    async with cloud.pool(max_size=1, min_size=1, connect_patience=60) as pool:
+        cloud.refuses_all = True
+        cloud.door.kill_connections()
+        await cloud.until(lambda: pool.get_size() == 0)
+        asking = asyncio.create_task(pool.fetchval("SELECT 1"))
+        await cloud.observer.seen(ConnectFailed)
+        cloud.refuses_all = False
+
+        assert await asking == 1
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+async def test_whoever_waits_is_served_by_a_connection_that_comes_back(cloud, fast_path):
+    async with cloud.pool(max_size=2, min_size=0, connect_patience=60, fast_path=fast_path) as pool:
+        held = await pool.acquire()
+        pid = await held.fetchval(PID)
+        cloud.door.starting_up = True
+        asking = [asyncio.create_task(pool.fetchval(PID)) for _ in range(4)]
+        await cloud.observer.seen(ConnectFailed)
+        await pool.release(held)
+
+        assert await asyncio.gather(*asking) == [pid] * 4
+        assert pool.get_size() == 1
+        assert cloud.door.accepted == 1
+
+
+async def test_a_connection_that_comes_too_late_for_its_caller_is_kept(cloud):
+    async with cloud.pool(max_size=2, min_size=0, connect_patience=60) as pool:
+        held = await pool.acquire()
+        cloud.door.hang_at(Stage.VERIFY)
+        asking = asyncio.create_task(pool.fetchval("SELECT 1"))
+        await cloud.door.reached(Stage.VERIFY)
+        await pool.release(held)
+        assert await asking == 1
+
+        cloud.door.clear_faults()
+        await cloud.until(lambda: pool.get_size() == 2)
+        assert pool.stats().idle == 2
 
 
 async def test_closing_the_pool_sends_those_away_who_wait(cloud):
