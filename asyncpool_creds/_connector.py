@@ -104,10 +104,11 @@ class Connector:
         self._observers = observers
         self._tls = TlsContext()
         self._read: tuple[tuple[object, ...], Route, bool] | None = None
-        self._told = set[tuple[str, ...]]() if told is None else told
+        self._told: set[tuple[str, ...]] | None = told
         self._has_looked_around = False
-        self._accepted: weakref.WeakSet[Stamp] = weakref.WeakSet()
-        self._refused_when_new: weakref.WeakSet[Stamp] = weakref.WeakSet()
+        # Of the latest only: what went before it is superseded.
+        self._accepted: weakref.ref[Stamp] | None = None
+        self._refused_when_new: weakref.ref[Stamp] | None = None
 
     def route(self, dsn: str | None, arguments: dict[str, object]) -> tuple[Route, bool]:
         """Return the route of these arguments, and whether TLS has to be forced on it: its `tls` counts that in.
@@ -197,6 +198,7 @@ class Connector:
         # The stamp is the one whose secret is used: a rotation during the handshake leaves it behind.
         stamp = await manager.stamp()
         began = manager.clock.monotonic()
+        has_served = self._accepted is not None and self._accepted() is stamp
         try:
             return await self._connect_with(manager, stamp, dsn, arguments, force_tls=force_tls), stamp
         except Exception as error:
@@ -212,13 +214,13 @@ class Connector:
         except Exception as error:
             outcome = ""
             if self._is_refused(error):
-                self._refused_when_new.add(newer)
+                self._refused_when_new = weakref.ref(newer)
                 outcome = _TWO_REFUSED
                 self._report(manager, newer, error, retrying=False)
             error.add_note(_note(manager, newer, error, outcome))
             raise
         manager.learn_skew(stamp, left)
-        self._warn_of_unknown_lifetime(manager, stamp)
+        self._warn_of_unknown_lifetime(manager, stamp, has_served=has_served)
         return connection, newer
 
     async def _ask_for_newer(
@@ -241,7 +243,7 @@ class Connector:
             if newer.generation == stamp.generation:
                 newer = None
                 # Of one that was refused when it was new, the source is not asked at each connect for another.
-                again = stamp in self._refused_when_new
+                again = self._refused_when_new is not None and self._refused_when_new() is stamp
                 outcome = _TWO_REFUSED if again else "; the server refused it, and no newer one is to be had"
                 refusal.add_note(_note(manager, stamp, refusal, outcome))
         self._report(manager, stamp, refusal, retrying=newer is not None)
@@ -270,7 +272,7 @@ class Connector:
                 ) from error
             raise
         if isinstance(connection, asyncpg.Connection):  # pyright: ignore[reportUnnecessaryIsInstance]
-            self._accepted.add(stamp)
+            self._accepted = weakref.ref(stamp)
             connection.add_termination_listener(lambda _: stamp.let_go())
         else:
             stamp.let_go()  # asyncpg says what is wrong with it
@@ -317,16 +319,16 @@ class Connector:
             return  # such a source was given the user of the arguments, and knows what it is called at the server
         stated = None if self._read is None else self._read[1].targets[0].user
         topic = ("user", str(stated))
-        if stated not in (None, user) and topic not in self._told and names_user(dsn, arguments):
+        if stated not in (None, user) and topic not in (self._told or ()) and names_user(dsn, arguments):
             self._warn(
                 topic,
                 f"the user {stated!r} of the connection arguments is not used: the credential of {manager.name} comes "
                 f"with the user {user!r}",
             )
 
-    def _warn_of_unknown_lifetime(self, manager: TokenManager, refused: Stamp) -> None:
+    def _warn_of_unknown_lifetime(self, manager: TokenManager, refused: Stamp, *, has_served: bool) -> None:
         """Tell what to do, where a credential that served was refused, and the next one was not."""
-        if refused in self._accepted and refused.expires_at is None:
+        if has_served and refused.expires_at is None:
             age = (utc_now(manager.clock) - refused.obtained_at).total_seconds()
             self._warn(
                 ("lifetime", manager.name),
@@ -336,6 +338,8 @@ class Connector:
             )
 
     def _warn(self, topic: tuple[str, ...], sentence: str) -> None:
+        if self._told is None:
+            self._told = set()
         if topic not in self._told:
             self._told.add(topic)
             _logger.warning("%s", sentence)

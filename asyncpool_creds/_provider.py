@@ -110,7 +110,7 @@ class FunctionProvider:
     def __init__(self, function: CredentialFunction, clock: Clock) -> None:
         self._function = function
         self._clock = clock
-        self._calls = None if _is_async(function) else BlockingCalls(function, name=f"call {self.name}")
+        self._calls = None if _is_async(function) else BlockingCalls(function)
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ class FunctionProvider:
 
     async def _call_in_thread(self, calls: BlockingCalls[_Answer]) -> _Answer:
         try:
-            return await calls.call()
+            return await calls.call(f"asyncpool_creds: call {self.name}")
         except TooManyCallsHang as error:
             raise ProviderError(
                 f"{self.name}: {error}, so it is not called again until one does; "

@@ -106,7 +106,7 @@ def routing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
 def ambient_state(dsn: str | None, arguments: Mapping[str, object]) -> tuple[object, ...]:
     """Return what a route depends on besides `dsn` and `arguments`: as long as this is equal, so is the route."""
     service = arguments.get("service") or os.environ.get("PGSERVICE") or "service=" in (dsn or "")
-    variables = tuple(os.environ.get(name) for name in _VARIABLES)
+    variables = tuple((name, os.environ[name]) for name in _VARIABLES if name in os.environ)
     if not service:
         return variables
     stated = arguments.get("servicefile") or os.environ.get("PGSERVICEFILE")

@@ -36,30 +36,34 @@ class BlockingCalls(Generic[_T]):
     wait for a call that hangs.
     """
 
-    def __init__(self, function: Callable[[], _T], *, name: str) -> None:
-        self._function = function
-        self._name = name
-        self._threads: list[threading.Thread] = []
+    __slots__ = ("_function", "_given_up")
 
-    async def call(self) -> _T:
+    def __init__(self, function: Callable[[], _T]) -> None:
+        self._function = function
+        self._given_up: tuple[threading.Thread, ...] = ()
+
+    async def call(self, name: str) -> _T:
         """Call the function and return what it returns, or raise what it raises.
 
         A cancellation ends the wait, not the thread: a late answer is dropped.
 
+        Args:
+            name: Of the thread.
+
         Raises:
             TooManyCallsHang: Eight calls that were given up have not returned.
         """
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        if len(self._threads) >= _MOST_THREADS:
+        self._given_up = tuple(thread for thread in self._given_up if thread.is_alive())
+        if len(self._given_up) >= _MOST_THREADS:
             raise TooManyCallsHang
         call = _Call(self._function)
-        executor = _OneThread(f"asyncpool_creds: {self._name}")
+        executor = _OneThread(name)
         # Not a future of our own: a loop in virtual time stands still for what it knows to run in an executor.
         waiter = asyncio.get_running_loop().run_in_executor(executor, contextvars.copy_context().run, call)
-        self._threads.append(executor.thread)
         try:
             await waiter
         except asyncio.CancelledError:
+            self._given_up += (executor.thread,)
             call.give_up()
             raise
         return call.outcome()

@@ -102,6 +102,6 @@ async def test_every_refresh_is_watched_and_none_after_the_end():
 
 
 async def test_what_blocks_in_the_first_refresh_of_a_process_is_seen():
-    probe = await watch_cold("import time", f"lambda: time.sleep({_LONG}) or 'token'")
+    probe = await watch_cold(f"import time\nasync def token():\n    time.sleep({_LONG})\n    return 'token'", "token")
 
     assert probe.blocking

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
 import json
 import threading
 import time
@@ -59,6 +60,9 @@ def _globus(url, **options):
 
 
 # What makes a source of each kind that speaks HTTP.
+# This process knows every refresh token that it has sent, and sends none again.
+_numbers = itertools.count(1)
+
 SOURCES = {
     "OAuth2 password": lambda url, **options: OAuth2(
         token_url=f"{url}/token",
@@ -73,7 +77,7 @@ SOURCES = {
         token_url=f"{url}/token", client_id="app", client_secret=secret("client"), client_auth="post", **options
     ),
     "OAuth2 refresh token": lambda url, **options: OAuth2(
-        token_url=f"{url}/token", client_id="app", refresh_token=secret("refresh"), **options
+        token_url=f"{url}/token", client_id="app", refresh_token=secret(f"refresh {next(_numbers)}"), **options
     ),
     "OAuth2 assertion": lambda url, **options: OAuth2(
         token_url=f"{url}/token", assertion=lambda: secret("assertion"), **options
