@@ -26,8 +26,8 @@ TROUBLES = (
     asyncpg.InternalClientError,
     CredentialExpired,
 )
-# Before 0.32 it leaves a future behind now and then if a connection is killed while a query on it is being cancelled, and
-# its close(), if cancelled while it waits for a query, leaves the timer of that query running.
+# Before 0.32 it leaves a future behind now and then if a connection is killed while a query on it is being cancelled,
+# and its close(), if cancelled while it waits for a query, leaves the timer of that query running.
 SURVIVES_KILLS = hasattr(asyncpg.Pool, "get_init_size")
 
 
