@@ -516,6 +516,28 @@ async def test_a_connection_that_is_killed_while_its_query_is_cancelled_is_let_g
         assert await seconds(releasing) < _watchdog._GOODBYE / 2
 
 
+async def test_a_release_leaves_alone_what_has_taken_its_slot_meanwhile(network):
+    async with pool_behind(network, min_size=1, max_size=1) as pool:
+        connection = await pool.acquire()
+        network.forget()
+        with pytest.raises(TimeoutError):
+            await connection.fetchval("SELECT 1", timeout=DEADLINE)
+        releasing = asyncio.ensure_future(pool.release(connection))
+        await asyncio.sleep(0)
+        replacement = await pool.open_replacement()
+        (slot,) = pool.slots()
+
+        # All in one moment: it dies, a replacement that stands ready takes its slot, and somebody has it.
+        slot.connection.terminate()
+        slot.settle(replacement)
+        next_one = pool._slot_queue.check_out()
+        await releasing
+
+        assert slot.is_in_use
+        assert await next_one.fetchval("SELECT 1") == 1
+        await pool.release(next_one)
+
+
 # What asyncpg does between two queries.
 
 
