@@ -10,7 +10,6 @@ from typing import Final, Protocol, cast
 # botocore ships no types: what is used of it is behind the protocol at the end of this module.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 from botocore import exceptions as botocore_exceptions  # type: ignore[import-untyped]
-from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
@@ -85,6 +84,7 @@ _TRANSIENT_STATUS: Final = frozenset({408, 429})
 # What aiobotocore raises where a metadata service has given no credentials; the text quotes its answer.
 _NO_METADATA: Final = (
     botocore_exceptions.CredentialRetrievalError,
+    botocore_exceptions.HTTPClientError,
     botocore_exceptions.MetadataRetrievalError,
     botocore_exceptions.NoCredentialsError,
 )
@@ -148,22 +148,26 @@ def explain(what: str, error: Exception, exchange: Exchange, clock: Clock) -> Pr
         clock: Where the time comes from.
     """
     metadata = _trouble_with_metadata(error, exchange)
-    if exchange.unusable is not None and not isinstance(error, botocore_exceptions.ClientError):
+    if isinstance(error, botocore_exceptions.ClientError):
+        failure = _refusal(what, cast("_ClientError", cast("object", error)), exchange, clock)
+    elif exchange.unusable is not None:
         failure = ProviderError(f"{what}: {exchange.source} {exchange.unusable}")
-    elif isinstance(error, botocore_exceptions.ClientError):
-        failure = _refusal(what, cast("_ClientError", error), exchange, clock)
     elif metadata is not None:
         failure = metadata.about(what)
     elif isinstance(error, botocore_exceptions.BotoCoreError):
         failure = _failure(what, error, exchange)
-    elif isinstance(error, (*NONSENSE, ResponseParserError)):
-        # What botocore makes of an answer that it did not expect; the text may quote it.
-        who = exchange.host or "what is to provide credentials"
-        failure = ProviderError(f"{what}: {who} answered with something that makes no sense; is there a proxy?")
-    elif isinstance(error, (OSError, RuntimeError)):
+    elif isinstance(error, (OSError, RuntimeError)) and not isinstance(error, NONSENSE):
         # A file that cannot be read; credentials that are still expired after having been renewed.
         said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
         failure = ProviderError(f"{what}: {_NO_KEYS.format(_line(said, exchange.secrets))}")
+    elif exchange.host is not None or isinstance(error, NONSENSE):
+        # What botocore makes of an answer that it did not expect; the text may quote it.
+        who = exchange.host or "what is to provide credentials"
+        told = "" if exchange.status is None else f" (HTTP {exchange.status})"
+        said = f"answered with something that makes no sense{told}; is there a proxy?"
+        if exchange.status is not None and _is_transient(exchange.status):
+            said = f"is in trouble{told}; it is asked again later"
+        failure = ProviderError(f"{what}: {who} {said}")
     else:
         return None
     return failure
@@ -184,7 +188,9 @@ def _trouble_with_metadata(error: Exception, exchange: Exchange) -> _Trouble | N
     """Return what is wrong with the metadata service, if that is what was asked last, and has not given credentials."""
     if not exchange.is_metadata or not isinstance(error, (*NONSENSE, *_NO_METADATA)):
         return None
-    who, status = exchange.source, exchange.status
+    # aiobotocore raises this one, and none of its kinds, where what came back is no HTTP.
+    is_garbage = type(error) is botocore_exceptions.HTTPClientError
+    who, status = exchange.source, 200 if is_garbage else exchange.status
     if status is None:
         # No instance has to have one: then there is nothing to ask, and no answer means no more than that.
         if isinstance(error, botocore_exceptions.NoCredentialsError):
@@ -192,9 +198,13 @@ def _trouble_with_metadata(error: Exception, exchange: Exchange) -> _Trouble | N
         return _Trouble(f"{who} does not answer; check address and network", is_late=True)
     if status == 200:
         return _Trouble(f"{who} answered with something that is no credential; is it a proxy?")
-    if status >= 500 or status in _TRANSIENT_STATUS:
+    if _is_transient(status):
         return _Trouble(f"{who} is in trouble (HTTP {status}); it is asked again later")
     return _Trouble(f"{who} refused (HTTP {status}); give this host or container a role", retryable=False)
+
+
+def _is_transient(status: int) -> bool:
+    return status >= 500 or status in _TRANSIENT_STATUS
 
 
 def refuses_keys(error: Exception) -> bool:
@@ -210,7 +220,7 @@ def _stated(error: _ClientError, secrets: Iterable[str] = ()) -> tuple[str, str]
     stated = error.response.get("Error")
     named = cast("Mapping[str, object]", stated) if isinstance(stated, Mapping) else {}
     # A refused signature comes with everything that should have been signed, session token included.
-    code, message = (_line(str(named.get(name, "")), secrets) for name in ("Code", "Message"))
+    code, message = _line(str(named.get("Code", "")), secrets), _line(str(named.get("Message", "")), secrets)
     return code or "Unknown", message
 
 
@@ -220,7 +230,7 @@ def _refusal(what: str, error: _ClientError, exchange: Exchange, clock: Clock) -
     headers = cast("Mapping[str, str]", metadata.get("HTTPHeaders", {}))
     status = metadata.get("HTTPStatusCode", 0)
     operation, (code, message) = error.operation_name, _stated(error, exchange.secrets)
-    transient = isinstance(status, int) and (status >= 500 or status in _TRANSIENT_STATUS)
+    transient = isinstance(status, int) and _is_transient(status)
     retryable = transient or code in _TRANSIENT or code in _EXPIRED
     if code in _DENIED:
         advice = f"allow {_PERMISSIONS.get(operation, operation)} for this identity"
@@ -246,6 +256,9 @@ def _refusal(what: str, error: _ClientError, exchange: Exchange, clock: Clock) -
 def _failure(what: str, error: Exception, exchange: Exchange) -> ProviderError:
     """Return what went wrong before AWS could say anything."""
     text = str(error)
+    if type(error) is botocore_exceptions.HTTPClientError:
+        # What it says may quote what came back.
+        text = type(cast("_HttpError", error).kwargs.get("error")).__name__
     if isinstance(error, botocore_exceptions.ParamValidationError):
         text = text.partition(":")[2]  # the title is on a line of its own
     told = _line(text, exchange.secrets).rstrip(".")
@@ -257,7 +270,7 @@ def _failure(what: str, error: Exception, exchange: Exchange) -> ProviderError:
 
 def _line(text: str, secrets: Iterable[str]) -> str:
     """Return the first line of what AWS, or botocore, says, at a length that fits into a message."""
-    line = _JWT.sub("[redacted]", redact(text, secrets).strip().partition("\n")[0])
+    line = _JWT.sub("[redacted]", next(iter(redact(text, secrets).strip().splitlines()), ""))
     return line if len(line) <= _LONGEST_DESCRIPTION else f"{line[:_LONGEST_DESCRIPTION]}..."
 
 
@@ -267,6 +280,12 @@ _TALKATIVE: Final = (
     *("auth", "credentials", "endpoint", "hooks", "httpsession", "parsers", "retryhandler", "tokens", "utils"),
 )
 keep_secrets_out_of_logs(f"{package}.{module}" for package in ("botocore", "aiobotocore") for module in _TALKATIVE)
+
+
+class _HttpError(Protocol):
+    """What is used of botocore's ``HTTPClientError``."""
+
+    kwargs: Mapping[str, object]
 
 
 class _ClientError(Protocol):

@@ -163,7 +163,7 @@ class Session(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore has no types
         request.stream_output = True
         try:
             with anyio.fail_after(self.longest):
-                response: _Response = await super().send(request)
+                response = cast("_Response", await super().send(request))
                 exchange.status = response.status_code
                 body = await read_body(response.raw, self.limit)
         except UnusableAnswer as error:

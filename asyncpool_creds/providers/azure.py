@@ -30,10 +30,9 @@ except ImportError as _missing:  # pragma: no cover
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
-from asyncpool_creds.providers._answers import UnusableAnswer
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._document import earliest_end, parse_object
-from asyncpool_creds.providers._foreign import NONSENSE, keep_secrets_out_of_logs, summary_of, working_for_us
+from asyncpool_creds.providers._foreign import keep_secrets_out_of_logs, summary_of, working_for_us
 from asyncpool_creds.providers._retry_after import parse_retry_after
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ _ADVICE: Final = {
 _TRANSIENT_CODES: Final = frozenset({"AADSTS50196", "AADSTS90033", "AADSTS90055"})
 _NO_IDENTITY: Final = (
     "no identity to log in with; assign a managed identity to this host, set the AZURE_* variables of a service "
-    "principal or workload identity, or log in with 'az login'; the cause lists what was tried"
+    "principal or workload identity, or log in with 'az login'"
 )
 _CODE: Final = re.compile(r"AADSTS\d{4,8}")
 _USER_CLAIMS: Final = ("upn", "preferred_username", "unique_name")
@@ -191,9 +190,9 @@ class Entra:
                 token = await self._ask(source)
                 if token.value == self._refused or (token.value == self._last and token.is_due(requested_at)):
                     token = await self._ask_past_the_cache(source, token)
-            except (AzureError, UnusableAnswer, *NONSENSE) as error:
-                if not isinstance(error, (AzureError, UnusableAnswer)) and self._traffic.answer is None:
-                    # Nothing has come back that it could be about.
+            except Exception as error:
+                if not isinstance(error, AzureError) and self._traffic.url is None:
+                    # Of a credential that is none of azure-identity's, or of its user.
                     raise
                 failure, cause = self._explain(error), summary_of(error, self._safe_text(error))
             else:
@@ -300,7 +299,7 @@ class Entra:
             where = traffic.host or "Entra, or the metadata endpoint,"
             return ProviderError(f"azure: {where} cannot be reached ({lost}); check address and network")
         if answer is None and code is None:
-            return ProviderError(f"azure: {_NO_IDENTITY}", retryable=False)
+            return ProviderError(f"azure: {_NO_IDENTITY}; the cause lists what was tried", retryable=False)
         where = "Entra" if answer is None else answer.host
         told = ", ".join(filter(None, (None if answer is None else f"HTTP {answer.status}", code)))
         if code in _TRANSIENT_CODES or (answer is not None and answer.is_transient):

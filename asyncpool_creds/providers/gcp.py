@@ -22,6 +22,7 @@ try:
     import google.auth
     import google.auth.transport
     import requests
+    import urllib3.exceptions
     from google.auth import compute_engine
     from google.auth.credentials import Credentials, Scoped
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
@@ -251,6 +252,11 @@ class _Errand:
         except NONSENSE as error:
             # google-auth does not look at what it is given before it takes something out.
             failure, cause = ProviderError(_no_token(transport)), summary_of(error)
+        except Exception as error:
+            if not transport.has_sent:
+                raise
+            failure = ProviderError(f"gcp: google-auth failed at {transport.source} ({type(error).__name__})")
+            cause = summary_of(error)
         finally:
             transport.close()
             self._is_running = False
@@ -291,7 +297,7 @@ class _Session(requests.Session):
 
         Raises:
             UnusableAnswer: There is too much of it, or it points to another address.
-            requests.Timeout: It takes too long.
+            requests.RequestException: It takes too long, or breaks off.
         """
         response = super().send(request, **{**options, "stream": True})
         with contextlib.closing(response.raw) as raw:
@@ -304,11 +310,16 @@ class _Session(requests.Session):
         body = bytearray()
         # Of two ways to read, the one that waits for no more than the next packet; urllib3 before 2 has not got it.
         read = getattr(raw, "read1", raw.read)
-        while chunk := read(_CHUNK):
-            body += chunk
-            check_size(len(body))
-            if time.monotonic() > self.ends_at:
-                raise requests.ReadTimeout("the answer takes too long")
+        try:
+            while chunk := read(_CHUNK):
+                body += chunk
+                check_size(len(body))
+                if time.monotonic() > self.ends_at:
+                    raise requests.ReadTimeout("the answer takes too long")
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise requests.ReadTimeout(error) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise requests.ConnectionError(error) from error
         return bytes(body)
 
 
@@ -334,6 +345,11 @@ class _Transport(google.auth.transport.Request):
         self.has_answers = False
         self._url: str | None = None
         self._now = now
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether there was any request."""
+        return self._url is not None
 
     @property
     def source(self) -> str:
