@@ -8,9 +8,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from typing import Final, NoReturn, Self
 
-from asyncpool_creds._expiry import read_validity
+from asyncpool_creds._expiry import LONGEST_PASSWORD, read_validity
 
-__all__ = ["Credential"]
+__all__ = ["Credential", "password_flaw"]
 
 # Fingerprints are keyed and die with the process: a hash of a short password that
 # anyone could recompute from a log would be the password itself, a little slower.
@@ -38,7 +38,8 @@ class Credential:
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A datetime is naive, or the password is empty.
+        ValueError: A datetime is naive, or the password is empty, longer than 65,535 bytes (PostgreSQL's own limit),
+            or has characters that PostgreSQL cannot receive.
     """
 
     password: str = field(repr=False)
@@ -54,8 +55,8 @@ class Credential:
             raise TypeError(f"Credential: password must be a str, not {type(self.password).__name__}")
         if not self.password:
             raise ValueError("Credential: password is empty; the source gave no token")
-        if "\0" in self.password or any("\ud800" <= character <= "\udfff" for character in self.password):
-            raise ValueError("Credential: password contains a NUL or a lone surrogate, which PostgreSQL cannot receive")
+        if flaw := password_flaw(self.password):
+            raise ValueError(f"Credential: password {flaw}")
         for name in ("user", "version"):
             value: object = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -106,6 +107,16 @@ class Credential:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Credential cannot be pickled: fetch it again where it is needed")
+
+
+def password_flaw(password: str) -> str | None:
+    """Return why PostgreSQL cannot receive `password`, as the end of a sentence about it; None if it can."""
+    too_long = f"has more than {LONGEST_PASSWORD} bytes, and PostgreSQL takes no more (PG_MAX_AUTH_TOKEN_LENGTH)"
+    if len(password) > LONGEST_PASSWORD:
+        return too_long
+    if "\0" in password or any("\ud800" <= character <= "\udfff" for character in password):
+        return "holds characters that no server accepts: a NUL, or a lone surrogate"
+    return too_long if len(password.encode()) > LONGEST_PASSWORD else None
 
 
 def _aware_utc(name: str, value: datetime | None) -> datetime | None:

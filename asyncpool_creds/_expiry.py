@@ -8,10 +8,13 @@ import json
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import cast
+from typing import Final, cast
 from urllib.parse import parse_qs
 
-__all__ = ["Validity", "read_validity"]
+__all__ = ["LONGEST_PASSWORD", "Validity", "read_validity"]
+
+# In bytes: PG_MAX_AUTH_TOKEN_LENGTH (PostgreSQL, src/include/libpq/auth.h); at more, a server ends the connection.
+LONGEST_PASSWORD: Final = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,10 @@ def read_validity(token: str) -> Validity | None:
     Reads the ``exp`` and ``iat`` claims of a JSON Web Token (RFC 7519 section 4.1) and
     the ``X-Amz-Date`` and ``X-Amz-Expires`` parameters of a presigned AWS request (RDS
     and DSQL tokens; Signature Version 4 for query strings). The signature is not
-    checked: that is the server's business.
+    checked: that is the server's business. What is too long for a password is not read.
     """
+    if len(token) > LONGEST_PASSWORD:
+        return None
     return _read_jwt(token) or _read_sigv4(token)
 
 

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import opcode
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
-__all__ = ["clear_frames", "place_of"]
+__all__ = ["ForeignError", "class_and_place", "clear_frames", "clears_frames", "place_of", "without_baggage"]
+
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, object]])
 
 _YIELD: Final = opcode.opmap["YIELD_VALUE"]
 _CAN_BE_SUSPENDED: Final = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class ForeignError(Exception):
+    """Stands for an exception of somebody else's that carries what it was about, such as a request with its headers.
+
+    Its text is the class and the place of the other one, its traceback is that one's.
+    """
+
+
+def clears_frames(function: F) -> F:
+    """Have an async function leave no locals in the traceback of what it raises, its own arguments included."""
+
+    @functools.wraps(function)
+    async def cleared(*args: object, **kwargs: object) -> object:
+        outside = sys.exception()
+        running = function(*args, **kwargs)
+        del args, kwargs  # this frame is the one that cannot be emptied while it runs
+        try:
+            return await running
+        except BaseException as error:
+            clear_frames(error, outside=outside)
+            raise
+
+    return cast("F", cleared)
 
 
 def clear_frames(error: BaseException, *, outside: BaseException | None = None) -> None:
@@ -40,6 +68,22 @@ def place_of(error: BaseException) -> str | None:
     return f"{Path(frame.f_code.co_filename).name}:{line} in {frame.f_code.co_name}"
 
 
+def class_and_place(error: BaseException) -> str:
+    """Return what may be told of any exception, such as ``KeyError at tokens.py:9 in parse``: never its text."""
+    place = place_of(error)
+    return type(error).__name__ if place is None else f"{type(error).__name__} at {place}"
+
+
+def without_baggage(error: Exception) -> Exception:
+    """Return `error`, or a `ForeignError` in its place if it, or what led to it, has more than a text to show.
+
+    Attributes of an exception are pickled, and shown by some error trackers: a request with its headers among them.
+    """
+    if not any(vars(one).keys() - {"__notes__"} for one in _chain(error, None)):
+        return error
+    return ForeignError(class_and_place(error)).with_traceback(error.__traceback__)
+
+
 def _clear(frame: FrameType) -> None:
     code = frame.f_code
     if code.co_flags & _CAN_BE_SUSPENDED and code.co_code[frame.f_lasti] == _YIELD:
@@ -62,4 +106,4 @@ def _chain(error: BaseException, outside: BaseException | None) -> Iterator[Base
         yield one
         waiting += [other for other in (one.__cause__, one.__context__) if other is not None]
         if isinstance(one, BaseExceptionGroup):
-            waiting += one.exceptions
+            waiting += cast("BaseExceptionGroup[BaseException]", one).exceptions

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from asyncpool_creds._loopback import is_loopback
+
 if TYPE_CHECKING:
     # Not every SDK brings it.
     import aiohttp
@@ -109,11 +111,10 @@ def is_direct(url: str) -> bool:
         return False
     if address.scheme != "http":
         return False
-    if host == "localhost" or host in _METADATA_NAMES or host in _METADATA_ADDRESSES:
+    if is_loopback(host) or host in _METADATA_NAMES or host in _METADATA_ADDRESSES:
         return True
     try:
         # Not with a zone: what stands behind it may be anything.
-        number = ipaddress.ip_address("" if "%" in host else host)
+        return ipaddress.ip_address("" if "%" in host else host).is_link_local
     except ValueError:
         return False
-    return number.is_loopback or number.is_link_local

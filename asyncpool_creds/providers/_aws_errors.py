@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
@@ -14,13 +13,13 @@ from botocore import exceptions as botocore_exceptions  # type: ignore[import-un
 from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds.providers._aws_http import TIMEOUT, Exchange
-from asyncpool_creds.providers._foreign import NONSENSE, keep_secrets_out_of_logs, redact
+from asyncpool_creds.providers._foreign import NONSENSE, keep_secrets_out_of_logs
+from asyncpool_creds.providers._redaction import redact
 from asyncpool_creds.providers._retry_after import parse_retry_after
 
 __all__ = ["explain", "refuses_keys"]
 
 _LONGEST_DESCRIPTION: Final = 300
-_JWT: Final = re.compile(r"eyJ[\w-]+\.[\w-]*\.?[\w-]*")
 # The codes of AWS by what is to be done (AWS General Reference, "Common errors", and the pages of the operations).
 _DENIED: Final = frozenset(
     {
@@ -162,15 +161,20 @@ def explain(what: str, error: Exception, exchange: Exchange, clock: Clock) -> Pr
         failure = ProviderError(f"{what}: {_NO_KEYS.format(_line(said, exchange.secrets))}")
     elif exchange.host is not None or isinstance(error, NONSENSE):
         # What botocore makes of an answer that it did not expect; the text may quote it.
-        who = exchange.host or "what is to provide credentials"
-        told = "" if exchange.status is None else f" (HTTP {exchange.status})"
-        said = f"answered with something that makes no sense{told}; is there a proxy?"
-        if exchange.status is not None and _is_transient(exchange.status):
-            said = f"is in trouble{told}; it is asked again later"
-        failure = ProviderError(f"{what}: {who} {said}")
+        failure = ProviderError(f"{what}: {_nonsense(exchange)}")
     else:
         return None
     return failure
+
+
+def _nonsense(exchange: Exchange) -> str:
+    if exchange.host is None:
+        return "the credentials that sign make no sense; look at where the configuration of AWS takes them from"
+    if exchange.status is None:
+        return f"{exchange.host} answered with something that makes no sense; is there a proxy?"
+    if _is_transient(exchange.status):
+        return f"{exchange.host} is in trouble (HTTP {exchange.status}); it is asked again later"
+    return f"{exchange.host} answered with something that makes no sense (HTTP {exchange.status}); is there a proxy?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +222,7 @@ def refuses_keys(error: Exception) -> bool:
 def _stated(error: _ClientError, secrets: Iterable[str] = ()) -> tuple[str, str]:
     """Return the code and the message of a refusal."""
     stated = error.response.get("Error")
-    named = cast("Mapping[str, object]", stated) if isinstance(stated, Mapping) else {}
+    named = cast("Mapping[str, object]", stated if isinstance(stated, Mapping) else {})
     # A refused signature comes with everything that should have been signed, session token included.
     code, message = _line(str(named.get("Code", "")), secrets), _line(str(named.get("Message", "")), secrets)
     return code or "Unknown", message
@@ -270,8 +274,7 @@ def _failure(what: str, error: Exception, exchange: Exchange) -> ProviderError:
 
 def _line(text: str, secrets: Iterable[str]) -> str:
     """Return the first line of what AWS, or botocore, says, at a length that fits into a message."""
-    line = _JWT.sub("[redacted]", next(iter(redact(text, secrets).strip().splitlines()), ""))
-    return line if len(line) <= _LONGEST_DESCRIPTION else f"{line[:_LONGEST_DESCRIPTION]}..."
+    return redact(next(iter(text.strip().splitlines()), ""), secrets, longest=_LONGEST_DESCRIPTION)
 
 
 # At DEBUG, botocore logs requests and answers with all that is in them, and with warnings the exceptions that quote

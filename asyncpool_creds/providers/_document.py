@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final, cast
 
-from asyncpool_creds._credential import Credential
 from asyncpool_creds._expiry import read_validity
 
-__all__ = ["MAX_BYTES", "earliest_end", "make_credential", "parse_moment", "parse_object"]
+__all__ = ["MAX_BYTES", "earliest_end", "parse_moment", "parse_object"]
 
-# PostgreSQL takes passwords and tokens of up to 65535 bytes (PG_MAX_AUTH_TOKEN_LENGTH, src/include/libpq/auth.h);
-# the rest is for what stands around them. This much JSON is read within a millisecond or two.
+# Twice the longest password: the rest is for what stands around it. This much JSON is read within a millisecond or two.
 MAX_BYTES: Final = 1 << 17
 # Sooner than the year 5138 it is seconds; later, somebody has written milliseconds.
 _LATEST: Final = 1e11
@@ -56,13 +54,3 @@ def earliest_end(token: str, requested_at: datetime, *stated: datetime | None) -
     if validity is not None:
         ends.append(validity.anchored_at(requested_at))
     return min(ends, default=None)
-
-
-def make_credential(
-    password: str, *, user: str | None, expires_at: datetime | None, refresh_at: datetime | None = None
-) -> Credential | None:
-    """Return the credential; None if the password has characters that PostgreSQL cannot receive."""
-    try:
-        return Credential(password, user=user, expires_at=expires_at, refresh_at=refresh_at)
-    except ValueError:
-        return None

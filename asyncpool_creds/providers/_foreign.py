@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import logging
-import re
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
-from urllib.parse import quote, quote_plus
 
-from asyncpool_creds._tracebacks import place_of
+from asyncpool_creds._tracebacks import ForeignError, class_and_place
 
-__all__ = ["NONSENSE", "ForeignError", "keep_secrets_out_of_logs", "redact", "summary_of", "working_for_us"]
+__all__ = ["NONSENSE", "keep_secrets_out_of_logs", "summary_of", "working_for_us"]
 
 # What an SDK raises when an answer is not what it takes it for. RecursionError: JSON that is nested too deep.
 NONSENSE: Final = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
 )
 _DEEPEST: Final = 8
-# Shorter values are no secrets, but words that occur anywhere.
-_SHORTEST_SECRET: Final = 6
 _LONGEST_LINE: Final = 300
 
 
-class ForeignError(Exception):
-    """Stands for an exception of an SDK as the cause of one of ours: which it was, and where it was raised.
-
-    The exception itself is not kept. It holds requests, answers and headers in its attributes, its text, and the
-    locals of its frames, and with them what has to stay secret.
-    """
-
-
 def summary_of(error: BaseException, text: str | None = None) -> ForeignError:
-    """Return what may be told of `error` and of what led to it.
+    """Return what stands for `error`, and for what led to it, as the cause of an error of ours.
+
+    The exceptions themselves are not kept. They hold requests, answers and headers in their attributes, their texts,
+    and the locals of their frames, and with them what has to stay secret.
 
     Args:
         error: What the SDK raised.
         text: What it says, where that is known to quote neither request nor answer.
     """
-    links = [_named(link) for link in _links(error)]
+    links = [f"{type(link).__module__}.{class_and_place(link)}" for link in _links(error)]
     if text:
         links[0] += f": {text}"
     return ForeignError("; caused by ".join(links))
-
-
-def _named(error: BaseException) -> str:
-    kind, place = type(error), place_of(error)
-    return f"{kind.__module__}.{kind.__qualname__}" + ("" if place is None else f" at {place}")
 
 
 def _links(error: BaseException | None) -> Iterator[BaseException]:
@@ -59,19 +42,6 @@ def _links(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def redact(text: str, secrets: Iterable[str]) -> str:
-    """Return `text` without any of `secrets`, in whichever of the usual ways somebody has written them down."""
-    forms = {form for secret in secrets if len(secret) >= _SHORTEST_SECRET for form in _forms(secret)}
-    for form in sorted(forms, key=len, reverse=True):
-        text = re.sub(re.escape(form), "[redacted]", text, flags=re.IGNORECASE)
-    return text
-
-
-def _forms(secret: str) -> tuple[str, ...]:
-    encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
-    return secret, quote(secret, safe=""), quote_plus(secret), html.escape(secret), json.dumps(secret)[1:-1], encoded
 
 
 # Logs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,12 +16,13 @@ from asyncpool_creds._errors import ProviderError
 from asyncpool_creds.providers._document import earliest_end, parse_object
 from asyncpool_creds.providers._http import (
     HttpClient,
+    Response,
     Unanswered,
     complaint_about,
     is_transient,
     retry_after,
-    without_query,
 )
+from asyncpool_creds.providers._redaction import redact
 from asyncpool_creds.storage import StoredTokens
 
 if TYPE_CHECKING:
@@ -49,13 +49,23 @@ _TRANSIENT: Final = frozenset({"server_error", "slow_down", "temporarily_unavail
 _GATEWAY_STATUS: Final = frozenset({502, 504})
 _OF_THE_CLIENT: Final = frozenset({"invalid_client", "unauthorized"})
 _JWT_BEARER: Final = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # RFC 7523 section 2.2
-_SECRET_PARAMETERS: Final = (
-    *("refresh_token", "device_code", "password", "client_secret"),
-    *("assertion", "client_assertion", "subject_token", "actor_token"),
+_SECRET_PARAMETERS: Final = frozenset(
+    {
+        *("refresh_token", "device_code", "password", "client_secret"),
+        *("assertion", "client_assertion", "subject_token", "actor_token"),
+    }
 )
+# What an issuer may quote of a request. Of anything else, such as `extra`, nobody knows.
+_PUBLIC_PARAMETERS: Final = frozenset(
+    {
+        *("grant_type", "client_id", "client_assertion_type", "username"),
+        *("scope", "audience", "subject_token_type"),
+    }
+)
+# A parameter that nothing is known of is no secret if it is shorter than that, but a word such as "no".
+_SHORTEST_SECRET: Final = 4
 _LONGEST_DESCRIPTION: Final = 300
 _END_OF_TIME: Final = datetime.max.replace(tzinfo=UTC)
-_JWT: Final = re.compile(r"eyJ[\w-]+\.[\w-]*\.?[\w-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +98,13 @@ class Failure:
     """What went wrong, and what that means for a refresh token.
 
     Args:
-        error: To raise.
-        cause: Of the error.
+        error: To raise; its cause is set.
         lost: The exchange may have been done, but its result is gone.
         refused: The issuer does not like what it was shown, but for the client's own proof.
         code: The issuer's own word for it.
     """
 
     error: ProviderError
-    cause: Exception | None = None
     lost: bool = False
     refused: bool = False
     code: str | None = None
@@ -107,8 +115,8 @@ class Failure:
         return self.lost or self.refused
 
     def throw(self) -> NoReturn:
-        """Raise the error from its cause."""
-        raise self.error from self.cause
+        """Raise the error."""
+        raise self.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,15 +198,15 @@ class TokenEndpoint:
 
     async def _post(self, url: str, form: dict[str, str]) -> Answer | Failure:
         headers = await self._authenticate(form)
-        secrets = [form[name] for name in _SECRET_PARAMETERS if name in form]
+        secrets = _secrets_in(form, headers)
         requested_at = utc_now(self._clock)
         response = await self._http.request("POST", url, headers=headers, form=form)
         if isinstance(response, Unanswered):
-            return Failure(response.error, response.cause, lost=response.was_sent)
-        members = parse_object(response.content)
+            return Failure(response.error, lost=response.was_sent)
+        members = response.members
         if response.is_success and members is not None and "error" not in members:
             return Answer(requested_at, members)
-        return self._refusal(response, members or {}, refreshing="refresh_token" in form, secrets=secrets)
+        return self._refusal(response, refreshing="refresh_token" in form, secrets=secrets)
 
     async def _authenticate(self, form: dict[str, str]) -> dict[str, str]:
         """Add to `form` what the client proves itself with, or return it as a header."""
@@ -232,12 +240,12 @@ class TokenEndpoint:
                 retryable=is_transient(status),
                 retry_after=retry_after(response, utc_now(self._clock)),
             )
-        return self._read_metadata(parse_object(response.content))
+        return self._read_metadata(response.members)
 
-    async def _get(self, url: str) -> httpx.Response:
+    async def _get(self, url: str) -> Response:
         response = await self._http.request("GET", url)
         if isinstance(response, Unanswered):
-            raise response.error from response.cause
+            raise response.error
         return response
 
     def _read_metadata(self, metadata: Mapping[str, object] | None) -> _Addresses:
@@ -247,7 +255,7 @@ class TokenEndpoint:
             )
         if metadata.get("issuer") != self._issuer:
             # Or else one issuer could pose as another (RFC 8414 section 3.3).
-            stated = str(metadata.get("issuer"))[:_LONGEST_DESCRIPTION]
+            stated = redact(str(metadata.get("issuer")), (), longest=_LONGEST_DESCRIPTION)
             raise ProviderError(
                 f"{self._source}: the metadata of issuer {self._issuer!r} says that it is {stated!r}; "
                 f"they must be the same to the letter: correct 'issuer' if that is the right one",
@@ -272,11 +280,9 @@ class TokenEndpoint:
             )
         return url
 
-    def _refusal(
-        self, response: httpx.Response, members: Mapping[str, object], *, refreshing: bool, secrets: Iterable[str]
-    ) -> Failure:
-        where, status = without_query(str(response.request.url)), response.status_code
-        code, description = _complaint(members)
+    def _refusal(self, response: Response, *, refreshing: bool, secrets: Iterable[str]) -> Failure:
+        where, status = response.url, response.status_code
+        code, description = _complaint(response.members or {})
         wait = retry_after(response, utc_now(self._clock))
         if self._is_discovered and not code and not is_transient(status):
             # Whatever speaks there, it is no token endpoint any more: the next request looks for it anew.
@@ -312,11 +318,16 @@ class TokenEndpoint:
 
     def _redact(self, text: str, secrets: Iterable[str]) -> str:
         """Return what the issuer says without any secret it may quote, on one line."""
-        for secret in (*self._secrets, *secrets):
-            for form in (secret, quote_plus(secret)):
-                text = text.replace(form, "[redacted]")
-        text = " ".join(_JWT.sub("[redacted]", text).split())
-        return text if len(text) <= _LONGEST_DESCRIPTION else f"{text[:_LONGEST_DESCRIPTION]}..."
+        return redact(text, (*self._secrets, *secrets), longest=_LONGEST_DESCRIPTION)
+
+
+def _secrets_in(form: Mapping[str, str], headers: Mapping[str, str]) -> list[str]:
+    """Return what of a request nobody but the issuer is to read."""
+    secrets = [header.removeprefix("Basic ") for header in headers.values()]
+    for name, value in form.items():
+        if name in _SECRET_PARAMETERS or (name not in _PUBLIC_PARAMETERS and len(value) >= _SHORTEST_SECRET):
+            secrets.append(value)
+    return secrets
 
 
 def _complaint(members: Mapping[str, object]) -> tuple[object, object]:

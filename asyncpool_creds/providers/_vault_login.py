@@ -14,6 +14,7 @@ import anyio
 import anyio.to_thread
 
 from asyncpool_creds._errors import ProviderError
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text
 
 __all__ = [
@@ -113,6 +114,7 @@ class TokenFileAuth:
     def __post_init__(self) -> None:
         _check_path("TokenFileAuth", "path", self.path)
 
+    @clears_frames
     async def login(self) -> VaultLogin | str:
         """Return the token that the file holds now."""
         return await _read_file(self.path)
@@ -146,6 +148,7 @@ class AppRoleAuth(Unpicklable):
         if self.secret_id is not None and self.secret_id_file is not None:
             raise ValueError("AppRoleAuth: pass either secret_id or secret_id_file")
 
+    @clears_frames
     async def login(self) -> VaultLogin | str:
         """Return the login with the role's id and the secret id."""
         document = {"role_id": self.role_id}
@@ -175,6 +178,7 @@ class KubernetesAuth:
         _check_path("KubernetesAuth", "token_file", self.token_file)
         parse_path("KubernetesAuth", "mount", self.mount)
 
+    @clears_frames
     async def login(self) -> VaultLogin | str:
         """Return the login with the token that is mounted now."""
         document = {"role": self.role, "jwt": await _read_file(self.token_file)}
@@ -211,6 +215,7 @@ class JWTAuth(Unpicklable):
         if (self.jwt is None) == (self.jwt_file is None):
             raise ValueError("JWTAuth: pass either jwt or jwt_file")
 
+    @clears_frames
     async def login(self) -> VaultLogin | str:
         """Return the login with the token."""
         if self.jwt_file is not None:

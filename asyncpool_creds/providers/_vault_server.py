@@ -14,15 +14,17 @@ import httpx
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
 from asyncpool_creds._events import Observer, RefreshTokenExpiring, RevocationFailed, log_event
+from asyncpool_creds._tracebacks import class_and_place
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
-from asyncpool_creds.providers._document import parse_object
 from asyncpool_creds.providers._http import (
     HttpClient,
+    Response,
     Unanswered,
     complaint_about,
     is_transient,
     retry_after,
 )
+from asyncpool_creds.providers._redaction import redact
 from asyncpool_creds.providers._vault_login import FIT_FOR_HEADER, TokenAuth, VaultAuth, VaultLogin
 
 __all__ = ["Answer", "Failure", "Token", "Vault", "life_of", "object_in", "text_in"]
@@ -68,11 +70,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request that gave nothing; `status` is None if there was no answer."""
+    """A request that gave nothing; `status` is None if there was no answer. The cause of the error is set."""
 
     error: ProviderError
     status: int | None = None
-    cause: Exception | None = None
 
 
 class Vault:
@@ -160,7 +161,7 @@ class Vault:
         if isinstance(answer, Failure):
             # 500: the auth method will not have it, because the role has gone or has other policies by now.
             if answer.error.retryable and answer.status != 500:
-                raise answer.error from answer.cause
+                raise answer.error
             return token
         auth = object_in(answer.members, "auth")
         life = life_of(auth.get("lease_duration"))
@@ -178,7 +179,7 @@ class Vault:
             raise
         except Exception as error:
             method = type(self._auth).__name__
-            raise ProviderError(f"vault: login() of {method} raised {type(error).__name__}; see the cause") from error
+            raise ProviderError(f"vault: login() of {method} raised {class_and_place(error)}; see the cause") from error
         token = await (self._look_up(login) if isinstance(login, str) else self._exchange(login))
         self.held = token
         return token
@@ -186,7 +187,7 @@ class Vault:
     async def _exchange(self, login: VaultLogin) -> Token:
         answer = await self.ask("POST", login.path, document=login.document, advice=login.advice)
         if isinstance(answer, Failure):
-            raise answer.error from answer.cause
+            raise answer.error
         auth = object_in(answer.members, "auth")
         secret, life = text_in(auth, "client_token"), life_of(auth.get("lease_duration"))
         if secret is None or not FIT_FOR_HEADER.fullmatch(secret) or life is None:
@@ -211,7 +212,7 @@ class Vault:
             # Not good any more, or not allowed to look itself up: what it is needed for will show.
             if answer.status == 403:
                 return unknown
-            raise answer.error from answer.cause
+            raise answer.error
         data = object_in(answer.members, "data")
         life = life_of(data.get("ttl"))
         if life is None:
@@ -256,8 +257,8 @@ class Vault:
         self._tried = token.secret
         if isinstance(answer, Failure):
             if answer.status == 403:
-                raise self._forbidden(path, token) from answer.cause
-            raise answer.error from answer.cause
+                raise self._forbidden(path, token)
+            raise answer.error
         return token, answer
 
     @staticmethod
@@ -295,15 +296,14 @@ class Vault:
             method, f"{self._address}/v1/{path}", headers=headers, document=None if document is None else dict(document)
         )
         if isinstance(response, Unanswered):
-            return Failure(response.error, cause=response.cause)
-        members = parse_object(response.content)
-        if response.is_success and (members is not None or not response.content):
-            return Answer(requested_at, members or {})
+            return Failure(response.error)
+        if response.is_success and (response.members is not None or response.is_empty):
+            return Answer(requested_at, response.members or {})
         secrets = [value for name, value in (document or {}).items() if name not in ("role", "lease_id")]
-        text = _complaint(members or {}, secrets if token is None else [*secrets, token.secret])
+        text = _complaint(response.members or {}, secrets if token is None else [*secrets, token.secret])
         return Failure(self._explain(path, response, text, advice), response.status_code)
 
-    def _explain(self, path: str, response: httpx.Response, text: str, advice: str) -> ProviderError:
+    def _explain(self, path: str, response: Response, text: str, advice: str) -> ProviderError:
         """Return whose fault a refusal is, and what to do about it."""
         status = response.status_code
         told = f"HTTP {status}: {text}" if text else f"HTTP {status}"
@@ -378,11 +378,7 @@ def _complaint(members: Mapping[str, object], secrets: list[str]) -> str:
         said += [str(line) for line in cast("list[object]", lines)] if isinstance(lines, list) else []
     if deleted_at := object_in(object_in(members, "data"), "metadata").get("deletion_time"):
         said.append(f"its latest version was deleted at {deleted_at}")
-    text = "; ".join(said)
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "[redacted]")
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+    return redact("; ".join(said), secrets, longest=_LONGEST_TEXT)
 
 
 def object_in(members: Mapping[str, object], name: str) -> Mapping[str, object]:

@@ -30,6 +30,7 @@ except ImportError as _missing:  # pragma: no cover
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._document import earliest_end, parse_object
 from asyncpool_creds.providers._foreign import keep_secrets_out_of_logs, summary_of, working_for_us
@@ -153,6 +154,7 @@ class Entra:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Entra provider holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return the newest token that can be had.
 
@@ -169,6 +171,7 @@ class Entra:
         """Let the next `fetch` give another token, if azure-identity can get one."""
         self._refused = credential.password
 
+    @clears_frames
     async def aclose(self) -> None:
         """Close the credential, if that is up to this provider; its own one is made anew by the next `fetch`."""
         if self._home not in (None, (os.getpid(), asyncio.get_running_loop())):

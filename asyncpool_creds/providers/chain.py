@@ -30,6 +30,7 @@ from asyncpool_creds._provider import (
     revoke_at,
     session_lifetime_of,
 )
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import parse_seconds
 
 __all__ = ["Chain"]
@@ -97,6 +98,7 @@ class Chain:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Chain cannot be pickled, as its sources may hold secrets; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a credential of the source that worked last, or else of the first that works.
 
@@ -121,6 +123,7 @@ class Chain:
         if giver is not None and giver.provider is not None:
             invalidate_at(giver.provider, credential)
 
+    @clears_frames
     async def revoke(self, credential: Credential) -> None:
         """Let the source of `credential` revoke it."""
         giver = self._giver_of(credential)
@@ -133,6 +136,7 @@ class Chain:
         for provider in self._providers():
             let_report(provider, observer)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Close every source, even if one of them cannot be closed; its error is raised then."""
         async with AsyncExitStack() as stack:

@@ -21,10 +21,12 @@ import anyio
 import anyio.to_thread
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
-from asyncpool_creds.providers._document import MAX_BYTES, earliest_end, make_credential, parse_moment, parse_object
+from asyncpool_creds.providers._document import MAX_BYTES, earliest_end, parse_moment, parse_object
+from asyncpool_creds.providers._redaction import redact
 
 __all__ = ["Command"]
 
@@ -46,7 +48,6 @@ _QUOTED_LINES: Final = 3
 _SHORTEST_SECRET: Final = 6
 _MOST_PIECES: Final = 200
 _BETWEEN_PIECES: Final = re.compile(r"[\s\"'=:,;{}\[\]()<>]+")
-_JWT: Final = re.compile(r"eyJ[\w-]+\.[\w-]*\.?[\w-]*")
 _UNPRINTABLE: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\S\n]+|[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -103,6 +104,7 @@ class Command:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Command provider may hold secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Run the command and return what it printed.
 
@@ -216,10 +218,9 @@ class Command:
         raise self._complaint("printed an 'expires_in' that is no number of seconds")
 
     def _credential(self, token: str, user: str | None, requested_at: datetime, *ends: datetime | None) -> Credential:
-        credential = make_credential(token, user=user, expires_at=earliest_end(token, requested_at, *ends))
-        if credential is None:
-            raise self._complaint("printed a token with characters that no server accepts in a password")
-        return credential
+        if flaw := password_flaw(token):
+            raise self._complaint(f"printed a token that {flaw}")
+        return Credential(token, user=user, expires_at=earliest_end(token, requested_at, *ends))
 
     def _complaint(self, what: str) -> ProviderError:
         return ProviderError(f"command: {self._program!r} {what}", retryable=False)
@@ -229,16 +230,12 @@ class Command:
         said = _last_words(bytes(printed.stderr), is_cut=printed.stderr_is_cut)
         if not said:
             return ""
-        pieces = set(_BETWEEN_PIECES.split(printed.stdout.decode(errors="replace")))
-        pieces.update(self._env.values())
-        pieces = {piece for piece in pieces if len(piece) >= _SHORTEST_SECRET}
-        if len(pieces) > _MOST_PIECES:
+        printed_words = set(_BETWEEN_PIECES.split(printed.stdout.decode(errors="replace")))
+        words = {word for word in printed_words if len(word) >= _SHORTEST_SECRET}
+        secrets = [value for value in self._env.values() if len(value) >= _SHORTEST_SECRET]
+        if len(words) + len(secrets) > _MOST_PIECES:
             return ""
-        # The longest first: one piece may be part of another.
-        for piece in sorted(pieces, key=len, reverse=True):
-            said = said.replace(piece, "***")
-        said = _JWT.sub("***", said)
-        return f"; it said: {said if len(said) <= _LONGEST_QUOTE else '...' + said[-_LONGEST_QUOTE:]}"
+        return f"; it said: {redact(said, secrets, longest=_LONGEST_QUOTE, words=words, is_end_shown=True)}"
 
 
 @dataclass(slots=True)

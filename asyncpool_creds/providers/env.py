@@ -7,8 +7,9 @@ from datetime import datetime
 from typing import Final, NoReturn
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text
 
 __all__ = ["Environment", "Static"]
@@ -59,6 +60,7 @@ class Environment:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Environment provider cannot be pickled: it would find another environment; make one there")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return what the variables hold now.
 
@@ -68,6 +70,8 @@ class Environment:
         """
         user = self._user if self._user_variable is None else _value_of(self._user_variable)
         password = _value_of(self._variable)
+        if flaw := password_flaw(password):
+            raise ProviderError(f"environment: {self._variable} {flaw}", retryable=False)
         now = utc_now(self._clock)
         return Credential.from_token(password, user=user, requested_at=now)
 

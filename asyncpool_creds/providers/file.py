@@ -15,10 +15,11 @@ import anyio
 import anyio.to_thread
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
-from asyncpool_creds.providers._document import MAX_BYTES, earliest_end, make_credential, parse_moment, parse_object
+from asyncpool_creds.providers._document import MAX_BYTES, earliest_end, parse_moment, parse_object
 
 __all__ = ["File"]
 
@@ -104,6 +105,7 @@ class File:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a File provider holds a secret and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return what the file holds now.
 
@@ -112,16 +114,15 @@ class File:
                 missing, being written, or its file system is in trouble.
         """
         content = await self._read_when_settled()
+        if flaw := password_flaw(content.password):
+            raise ProviderError(f"file: the password in {self._path} {flaw}", retryable=False)
         now = utc_now(self._clock)
         if self._latest is None or self._latest[0] != content.password:
             self._latest = (content.password, now)
         # A life that a token states is counted from when it was first seen, not anew with every look at it.
         end = earliest_end(content.password, self._latest[1], content.expires_at)
         look = None if self._check_every is None else now + timedelta(seconds=self._check_every)
-        credential = make_credential(content.password, user=content.user, expires_at=end, refresh_at=look)
-        if credential is None:
-            raise ProviderError(f"file: {self._path} holds a NUL, which no password can", retryable=False)
-        return credential
+        return Credential(content.password, user=content.user, expires_at=end, refresh_at=look)
 
     async def _read_when_settled(self) -> _Content:
         for pause in _PAUSES:

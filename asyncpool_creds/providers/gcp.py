@@ -34,12 +34,12 @@ except ImportError as _missing:  # pragma: no cover
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds._tracebacks import ForeignError, clears_frames
 from asyncpool_creds.providers._answers import UnusableAnswer, check_head, check_size, is_direct
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._document import parse_object
 from asyncpool_creds.providers._foreign import (
     NONSENSE,
-    ForeignError,
     keep_secrets_out_of_logs,
     summary_of,
     working_for_us,
@@ -146,6 +146,7 @@ class CloudSQLIAM:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a CloudSQLIAM provider holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a token asked for now.
 
@@ -458,7 +459,7 @@ def _read(login: _Login) -> _Token:
 
 def _safe_text(error: GoogleAuthError, transport: _Transport) -> str | None:
     """Return what google-auth says, where there was no answer that it could quote."""
-    return None if transport.has_answers else str(error)
+    return None if transport.has_answers else str(next(iter(error.args), ""))
 
 
 def _no_token(transport: _Transport) -> str:

@@ -17,12 +17,14 @@ except ImportError as _missing:  # pragma: no cover
     raise ImportError("Globus needs httpx: pip install 'asyncpool-creds[globus]'") from _missing
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer, RefreshFailed, log_event
+from asyncpool_creds._tracebacks import clear_frames, clears_frames
 from asyncpool_creds.providers._arguments import check_text
 from asyncpool_creds.providers._exchange import Exchange
 from asyncpool_creds.providers._http import HttpClient, complaint_about
+from asyncpool_creds.providers._redaction import redact
 from asyncpool_creds.providers._token_endpoint import (
     Answer,
     Client,
@@ -39,6 +41,7 @@ __all__ = ["Globus", "GlobusResource"]
 # https://docs.globus.org/api/auth/reference/ for these two and for "other_tokens".
 _TOKEN: Final = "/v2/oauth2/token"  # noqa: S105 - a path
 _REVOKE: Final = "/v2/oauth2/token/revoke"
+_LONGEST_LIST: Final = 300
 _NEW_LOGIN: Final = "store() its token response"
 
 
@@ -149,6 +152,7 @@ class Globus:
         self._exchanges.add(exchange)
         return GlobusResource(name, exchange, storage=self._storage, key=self._key(name), clock=self._clock)
 
+    @clears_frames
     async def store(self, response: Mapping[str, object], *, requested_at: datetime | None = None) -> list[str]:
         """Keep the tokens of a login, each in place of what was there, and return their resource servers.
 
@@ -177,7 +181,7 @@ class Globus:
         if answers is None:
             raise ValueError(
                 "Globus: this is no token response of Globus Auth, where each token has a resource_server and an "
-                "access_token"
+                "access_token that a server would accept"
             )
         if own := [name for name in answers if name in self._scopes]:
             raise ValueError(
@@ -187,6 +191,7 @@ class Globus:
         await self._save(answers, keep_newer=requested_at is not None)
         return list(answers)
 
+    @clears_frames
     async def log_in(self) -> list[str]:
         """Log in as the client itself, once for all `scopes`, and return the resource servers of the answer.
 
@@ -205,10 +210,11 @@ class Globus:
             outcome.throw()
         answers = _by_resource(outcome)
         if answers is None:
-            raise ProviderError("globus: the answer of Globus Auth names no resource_server for its tokens")
+            raise ProviderError("globus: the answer of Globus Auth has no tokens with resource servers")
         await self._save(answers, keep_newer=True)
         return list(answers)
 
+    @clears_frames
     async def resources(self) -> list[str]:
         """Return the resource servers that tokens are stored for, sorted.
 
@@ -219,6 +225,7 @@ class Globus:
         names = {key: unquote(key.removeprefix(self._prefix).partition("#")[0]) for key in keys}
         return sorted(name for key, name in names.items() if key == self._key(name))
 
+    @clears_frames
     async def lookup(self, name: str) -> StoredTokens | None:
         """Return what is stored for the resource server `name`, expired or not; None: nothing is.
 
@@ -232,6 +239,7 @@ class Globus:
         _check_resource(name)
         return await self._storage.load(self._key(name))
 
+    @clears_frames
     async def delete(self, name: str, *, revoke: bool = False) -> None:
         """Forget what is stored for the resource server `name`; that nothing is, is no error.
 
@@ -255,6 +263,7 @@ class Globus:
                 await self._revoke(name, tokens)
             await self._storage.delete(key)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Finish the exchanges of refresh tokens that are going on, and close the HTTP client."""
         for exchange in tuple(self._exchanges):
@@ -339,6 +348,7 @@ class GlobusResource:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a GlobusResource holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return the access token that is stored, or one that is obtained now.
 
@@ -368,6 +378,7 @@ class GlobusResource:
         self._observer = observer
         self._exchange.report_to(observer)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Finish the exchange of the refresh token, if one is going on; `Globus.aclose` closes the HTTP client."""
         await self._exchange.aclose()
@@ -386,6 +397,7 @@ class GlobusResource:
         return credential
 
     def _report(self, error: ProviderError) -> None:
+        clear_frames(error)
         self._observer(
             RefreshFailed(
                 at=utc_now(self._clock),
@@ -432,7 +444,7 @@ class _Login:
         answers = _by_resource(outcome) or {}
         if self.resource in answers:
             return answers[self.resource]
-        named = " and ".join(answers) or "none"
+        named = redact(" and ".join(answers) or "none", (), longest=_LONGEST_LIST)
         message = f"{self.source}: the scopes belong to another resource server ({named}); name that one in scopes"
         return Failure(ProviderError(message, retryable=False))
 
@@ -454,6 +466,8 @@ def _by_resource(answer: Answer) -> dict[str, Answer] | None:
         members = cast("Mapping[str, object]", token)
         name, access_token = members.get("resource_server"), members.get("access_token")
         if not (isinstance(name, str) and name and isinstance(access_token, str) and access_token):
+            return None
+        if password_flaw(access_token):
             return None
         found[name] = Answer(answer.requested_at, members)
     return found

@@ -17,9 +17,10 @@ except ImportError as _missing:  # pragma: no cover
     raise ImportError("the OAuth 2.0 provider needs httpx: pip install 'asyncpool-creds[oauth2]'") from _missing
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer
+from asyncpool_creds._tracebacks import class_and_place, clears_frames
 from asyncpool_creds.providers._arguments import check_text
 from asyncpool_creds.providers._exchange import Exchange
 from asyncpool_creds.providers._http import HttpClient, complaint_about
@@ -295,6 +296,7 @@ class OAuth2:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an OAuth2 provider holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a token with the expiry that the answer and the token itself state.
 
@@ -314,6 +316,7 @@ class OAuth2:
         """Send events to `observer`."""
         self._exchange.report_to(observer)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Finish the exchange of a refresh token, if one is going on, and close the HTTP client."""
         await self._exchange.aclose()
@@ -366,6 +369,8 @@ class _Login:
             hint = "; ask for scope 'openid'" if self.use == "id_token" else ""
             message = f"oauth2: the issuer's answer has no {self.use}{hint}"
             return Failure(ProviderError(message, retryable=False), refused=True)
+        if flaw := password_flaw(token):
+            return Failure(ProviderError(f"oauth2: the {self.use} {flaw}", retryable=False))
         user = self.user
         if self.user_claim is not None:
             user = claim(token, self.user_claim)
@@ -374,11 +379,7 @@ class _Login:
                 return Failure(ProviderError(message, retryable=False))
         # expires_in is about the access token alone.
         life = lifetime(answer.members.get("expires_in")) if self.use == "access_token" else None
-        try:
-            return Credential(token, user=user, expires_at=earliest(answer.requested_at, life, token))
-        except ValueError:
-            message = f"oauth2: the {self.use} holds characters that no server accepts as a password"
-            return Failure(ProviderError(message, retryable=False))
+        return Credential(token, user=user, expires_at=earliest(answer.requested_at, life, token))
 
     async def _log_in_on_a_device(self) -> Answer | Failure:
         """Show somebody a code, and ask until they have logged in with it (RFC 8628)."""
@@ -423,7 +424,7 @@ async def _token(name: str, source: TokenSource | None) -> str:
     except ProviderError:
         raise
     except Exception as error:
-        raise ProviderError(f"oauth2: {name} raised {type(error).__name__}; see the cause") from error
+        raise ProviderError(f"oauth2: {name} raised {class_and_place(error)}; see the cause") from error
     if not isinstance(token, str) or not token:
         raise ProviderError(f"oauth2: {name} gave no token but {type(token).__name__}", retryable=False)
     return token

@@ -13,9 +13,10 @@ except ImportError as _missing:  # pragma: no cover
     raise ImportError("the Vault providers need httpx: pip install 'asyncpool-creds[vault]'") from _missing
 
 from asyncpool_creds._clock import Clock, utc_now
-from asyncpool_creds._credential import Credential
+from asyncpool_creds._credential import Credential, password_flaw
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._events import Observer
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._vault_login import (
     AppRoleAuth,
@@ -79,6 +80,7 @@ class _Provider(Unpicklable):
         """Send events to `observer` instead of the log."""
         self._vault.observer = observer
 
+    @clears_frames
     async def aclose(self) -> None:
         """Revoke the token of our own login, and close the HTTP client; a later `fetch` logs in again.
 
@@ -143,6 +145,7 @@ class VaultDatabase(_Provider):
     def __repr__(self) -> str:
         return f"<VaultDatabase {self._path} at {self._vault.where}>"
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return the user that is held with a later end, or a new one.
 
@@ -169,6 +172,7 @@ class VaultDatabase(_Provider):
         if self._lease is not None and self._lease.identifier == credential.version:
             self._lease = None
 
+    @clears_frames
     async def revoke(self, credential: Credential) -> None:
         """Revoke the lease of `credential`; Vault drops its user at once.
 
@@ -183,9 +187,10 @@ class VaultDatabase(_Provider):
             return
         failure = await self._vault.revoke(lease.identifier, token)
         if failure is not None:
-            raise failure.error from failure.cause
+            raise failure.error
         self._leases.pop(lease.identifier, None)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Revoke the leases that are left and the token of our own login, and close the HTTP client.
 
@@ -223,7 +228,7 @@ class VaultDatabase(_Provider):
         if isinstance(answer, Failure):
             # Not found, past its max_ttl, or forbidden; 500: the database, or this very user, is in trouble.
             if answer.error.retryable and answer.status != 500:
-                raise answer.error from answer.cause
+                raise answer.error
             return None
         granted = life_of(answer.members.get("lease_duration"))
         if granted is None:
@@ -322,6 +327,7 @@ class VaultStaticRole(_Provider):
     def __repr__(self) -> str:
         return f"<VaultStaticRole {self._path} at {self._vault.where}>"
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return the password that is set now.
 
@@ -417,6 +423,7 @@ class VaultKV(_Provider):
     def __repr__(self) -> str:
         return f"<VaultKV {self._path} at {self._vault.where}>"
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return what the secret holds now.
 
@@ -487,18 +494,16 @@ def _credential(
     ends_session: bool = False,
     version: str | None = None,
 ) -> Credential:
-    try:
-        return Credential(
-            password,
-            user=user,
-            expires_at=expires_at,
-            refresh_at=refresh_at,
-            ends_session=ends_session,
-            version=version,
-        )
-    except ValueError:
-        message = f"vault: the password of {path} holds characters that no server accepts"
-    raise ProviderError(message, retryable=False)
+    if flaw := password_flaw(password):
+        raise ProviderError(f"vault: the password of {path} {flaw}", retryable=False)
+    return Credential(
+        password,
+        user=user,
+        expires_at=expires_at,
+        refresh_at=refresh_at,
+        ends_session=ends_session,
+        version=version,
+    )
 
 
 def _earlier(end: datetime, other: datetime | None) -> datetime:

@@ -16,17 +16,20 @@ PACKAGE = Path(asyncpool_creds.__file__).parent
 
 # Each may import what stands before it.
 CORE = [
-    *("_errors", "_tracebacks", "_clock", "_alarm", "_fork"),
+    *("_errors", "_tracebacks", "_loopback", "_clock", "_alarm", "_fork"),
     *("_expiry", "_credential", "_policy", "_events", "_provider"),
     *("_manager", "_managers"),
     *("_target", "_tls", "_connector", "_slots", "_handoff", "_queue", "_fastpath", "_rotation", "_pool"),
 ]
 WITH_ASYNCPG = {"_target", "_tls", "_connector", "_slots", "_queue", "_fastpath", "_rotation", "_pool"}
 WITH_ASYNCPG_PRIVATES = {"_slots", "_fastpath", "_pool"}
-FOR_PROVIDERS = {"_credential", "_expiry", "_errors", "_tracebacks", "_clock", "_events", "_provider", "storage"}
+FOR_PROVIDERS = {
+    *("_credential", "_expiry", "_errors", "_tracebacks", "_loopback"),
+    *("_clock", "_events", "_provider", "storage"),
+}
 # What several sources have in common; each may import what stands before it, and every source all of them.
 SHARED_BY_PROVIDERS = [
-    *("_arguments", "_retry_after", "_document", "_http"),
+    *("_arguments", "_retry_after", "_document", "_redaction", "_http"),
     *("_foreign", "_answers"),
     *("_token_endpoint", "_exchange"),
     *("_vault_login", "_vault_server"),

@@ -457,7 +457,7 @@ os.seteuid(os.getuid())
         (lambda path: path.symlink_to("/dev/zero"), "is a pipe, a socket or a device"),
         (lambda path: path.symlink_to("/etc/passwd/secret"), "leads through something that is no directory"),
         (lambda path: write(path, b"\xff\xfe\x00"), "is not UTF-8 text"),
-        (lambda path: write(path, "a\0b"), "holds a NUL"),
+        (lambda path: write(path, "a\0b"), "holds characters that no server accepts: a NUL"),
         (lambda path: write(path, "x" * 200_000), "more than 131072 bytes"),
         (lambda path: write(path, {"user": "ada"}), "has no member 'password' that is text"),
         (lambda path: write(path, {"password": 7}), "has no member 'password' that is text"),

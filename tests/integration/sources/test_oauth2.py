@@ -616,7 +616,10 @@ async def test_a_client_that_fails_is_named_and_shows_no_request(failure):
     error = await refusal(provider)
 
     assert error.retryable
-    assert f"the http_client failed at https://login.example.com/token ({type(failure).__name__})" in str(error)
+    assert (
+        f"the http_client failed at https://login.example.com/token ({type(failure).__name__} at test_oauth2.py:"
+        in str(error)
+    )
 
 
 async def test_a_refresh_token_survives_an_issuer_that_cannot_be_reached(make, issuer):
