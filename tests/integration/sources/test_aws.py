@@ -576,8 +576,7 @@ async def test_not_even_the_first_fetch_holds_up_the_loop(source, stub):
 
 async def test_the_very_first_fetch_of_a_process_does_not_hold_up_the_loop(stub):
     with web_identity(stub):
-        probe = await watch_cold("from asyncpool_creds._tracebacks import ForeignError
-from asyncpool_creds.providers.aws import RDSIAM", f"RDSIAM('{HOST}', user='app')")
+        probe = await watch_cold("from asyncpool_creds.providers.aws import RDSIAM", f"RDSIAM('{HOST}', user='app')")
 
     assert probe.steps > 2
     assert probe.blocking == []
