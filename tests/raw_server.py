@@ -51,7 +51,7 @@ class RawServer:
         self._tls = tls
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls, limit=1 << 20)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -196,8 +196,8 @@ def _trouble_with_metadata(error: Exception, exchange: Exchange) -> _Trouble | N
     is_garbage = type(error) is botocore_exceptions.HTTPClientError
     who, status = exchange.source, 200 if is_garbage else exchange.status
     if status is None:
-        # No instance has to have one: then there is nothing to ask, and no answer means no more than that.
-        if isinstance(error, botocore_exceptions.NoCredentialsError):
+        # Not every host has one: where it has never answered, silence means no more than that.
+        if isinstance(error, botocore_exceptions.NoCredentialsError) and not exchange.has_answers:
             return None
         return _Trouble(f"{who} does not answer; check address and network", is_late=True)
     if status == 200:

@@ -73,6 +73,7 @@ class Exchange:
         host: Where the last request went; None: there was none.
         is_metadata: Whether that was a metadata service, of a container or an instance.
         status: The HTTP status of the last answer; None: nothing came back.
+        has_answers: Whether anything came back at all.
         unusable: Why the last answer was not read.
     """
 
@@ -81,6 +82,7 @@ class Exchange:
         self.host: str | None = None
         self.is_metadata = False
         self.status: int | None = None
+        self.has_answers = False
         self.unusable: UnusableAnswer | None = None
 
     @property
@@ -93,6 +95,10 @@ class Exchange:
         self.host, self.is_metadata = urlsplit(request.url).hostname, is_metadata
         self.status = self.unusable = None
         self.secrets.update(_secrets_in(request))
+
+    def on_answer(self, status: int) -> None:
+        """Take note of the answer to it."""
+        self.status, self.has_answers = status, True
 
 
 _exchange: Final[ContextVar[Exchange | None]] = ContextVar("asyncpool_creds.aws", default=None)
@@ -164,7 +170,7 @@ class Session(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore has no types
         try:
             with anyio.fail_after(self.longest):
                 response = cast("_Response", await super().send(request))
-                exchange.status = response.status_code
+                exchange.on_answer(response.status_code)
                 body = await read_body(response.raw, self.limit)
         except UnusableAnswer as error:
             exchange.unusable = error

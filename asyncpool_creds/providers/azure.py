@@ -193,6 +193,8 @@ class Entra:
                 token = await self._ask(source)
                 if token.value == self._refused or (token.value == self._last and token.is_due(requested_at)):
                     token = await self._ask_past_the_cache(source, token)
+            except ProviderError:
+                raise
             except Exception as error:
                 if not isinstance(error, AzureError) and self._traffic.url is None:
                     # Of a credential that is none of azure-identity's, or of its user.
@@ -250,11 +252,17 @@ class Entra:
             info = await cast("AsyncSupportsTokenInfo", source).get_token_info(
                 self._scope, options={} if claims is None else {"claims": claims}
             )
-            refresh_at = None if info.refresh_on is None else _moment(info.refresh_on)
-            return _Token(info.token, _moment(info.expires_on), refresh_at)
+            return self._token(info.token, info.expires_on, info.refresh_on)
         asked = cast("AsyncTokenCredential", cast("object", source))
         answer = await (asked.get_token(self._scope, claims=claims) if claims else asked.get_token(self._scope))
-        return _Token(answer.token, _moment(answer.expires_on), None)
+        return self._token(answer.token, answer.expires_on, None)
+
+    def _token(self, value: object, expires_on: float, refresh_on: float | None) -> _Token:
+        # azure-identity hands on what it was given under that name, be it what it may.
+        if not isinstance(value, str):
+            where = self._source or "the credential"
+            raise ProviderError(f"azure: {where} answered with something that is no token; is it a proxy?")
+        return _Token(value, _moment(expires_on), None if refresh_on is None else _moment(refresh_on))
 
     async def _ask_past_the_cache(self, source: _AnyCredential, held: _Token) -> _Token:
         try:

@@ -369,3 +369,47 @@ async def test_what_others_do_with_azure_identity_is_logged_as_ever(caplog):
     logging.getLogger("azure.identity.aio._credentials.chained").debug("somebody else's: %s", ValueError("text"))
 
     assert "somebody else's: text" in caplog.text
+
+
+async def test_a_metadata_service_that_falls_silent_is_asked_again(authority, tmp_path, monkeypatch):
+    def answer(asked):
+        return http(200, "token")(asked) if asked.startswith(b"PUT") else []
+
+    async with asking("AWS instance", authority, tmp_path, monkeypatch, answer) as (provider, _):
+        error = await refusal(provider)
+
+    assert "the metadata service 127.0.0.1 does not answer" in str(error)
+    assert error.retryable
+
+
+async def test_credentials_of_azure_that_were_used_before_are_watched_too(authority, tmp_path, monkeypatch):
+    good = {"access_token": "opaque", "expires_in": 60, "resource": "r"}
+    async with asking("Azure App Service", authority, tmp_path, monkeypatch, http(200, json.dumps(good))) as (
+        _,
+        server,
+    ):
+        credential = ManagedIdentityCredential(retry_total=0)
+        await credential.get_token("https://example.com/.default")
+        server.answer = endless
+
+        error = await refusal(Entra(credential, timeout=8))
+        server.answer = http(200, json.dumps(good))
+        # It goes on working for whoever had it before.
+        token = await credential.get_token("https://example.com/.default", claims="{}")
+        await credential.close()
+
+    assert "answered with more than 64 KiB" in str(error)
+    assert token.token == "opaque"
+
+
+async def test_a_credential_of_azure_that_is_closed_stays_closed(authority, tmp_path, monkeypatch):
+    async with asking("Azure App Service", authority, tmp_path, monkeypatch, http(200, "{}")) as (_, server):
+        credential = ManagedIdentityCredential(retry_total=0)
+        async with credential:
+            await refusal(Entra(credential))
+        asked = len(server.asked)
+
+        with pytest.raises(ValueError, match="already been closed"):
+            await Entra(credential).fetch()
+
+    assert len(server.asked) == asked
