@@ -119,8 +119,8 @@ def _secrets_in(request: _Request) -> Iterator[str]:
     for name, value in request.headers.items():
         text = _text(value)
         if name.lower() in _SECRET_HEADERS:
-            yield text
-            yield from text.replace(",", " ").replace("=", " ").split()
+            # Of a signed request, no more than the signature; of "Bearer ...", or of a value alone, the last word.
+            yield from text.rpartition("Signature=")[2].split()[-1:]
     body = _text(request.body or b"")
     for name, value in _members(body):
         if name.lower() in _SECRET_MEMBERS:
