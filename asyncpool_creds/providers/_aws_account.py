@@ -237,7 +237,7 @@ def _open_session(profile: str | None) -> _Session:
     session = _new_session(profile=profile)
     # One attempt each, because the manager is the one who tries again. The models are loaded in a thread for the
     # clients, too, that botocore makes for itself to assume a role.
-    config = AioConfig(
+    config = _Config(
         connect_timeout=TIMEOUT,
         read_timeout=TIMEOUT,
         retries={"total_max_attempts": 1},
@@ -250,6 +250,16 @@ def _open_session(profile: str | None) -> _Session:
     guard_metadata(cast("_Resolver", session.get_component("credential_provider")).providers)
     session.get_scoped_config()
     return session
+
+
+class _Config(AioConfig):  # type: ignore[misc]  # aiobotocore has no types
+    """A configuration that stays ours in the clients that botocore makes for itself, to assume a role."""
+
+    def merge(self, other_config: AioConfig) -> AioConfig:
+        """Return this configuration with the options of another; aiobotocore 3.8 forgets its own two in doing so."""
+        merged: AioConfig = super().merge(other_config)
+        merged.http_session_cls, merged.warm_up_loader_caches = Session, True
+        return merged
 
 
 def _make_client(session: _Session, service: str, region: str) -> Client:
