@@ -8,8 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -33,7 +32,9 @@ except ImportError as _missing:  # pragma: no cover
 
 from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._credential import Credential
-from asyncpool_creds.providers._aws_errors import TIMEOUT, explained, refuses_keys
+from asyncpool_creds.providers._aws_errors import explain, refuses_keys
+from asyncpool_creds.providers._aws_http import TIMEOUT, ParserFactory, Session, guard_metadata, watched
+from asyncpool_creds.providers._foreign import summary_of, working_for_us
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -95,17 +96,21 @@ class Account:
             ProviderError: There is nothing to sign it with.
         """
         requested_at = utc_now(self._clock)
-        async with self._session_for(f"{token.owner}: no token for {token.address}") as session:
+
+        async def work(session: _Session) -> tuple[str, datetime | None]:
             region = _region(session, token.region)
             keys = await session.get_credentials()
             if keys is None:
                 raise botocore_exceptions.NoCredentialsError
-            frozen = await keys.get_frozen_credentials()
+            signature = _new_signature(await keys.get_frozen_credentials(), token.service, region, expires=token.life)
             # The only place with the end of the credentials; no other task has run since they were frozen.
             ends = _end_of_keys(keys, utc_now(self._clock))
             request = _new_request(method="GET", url=f"https://{token.address}/?{urlencode(token.query)}")
-            _new_signature(frozen, token.service, region, expires=token.life).add_auth(request)
-        credential = Credential.from_token(request.url.removeprefix("https://"), user=user, requested_at=requested_at)
+            signature.add_auth(request)
+            return request.url.removeprefix("https://"), ends
+
+        signed, ends = await self._work(f"{token.owner}: no token for {token.address}", work)
+        credential = Credential.from_token(signed, user=user, requested_at=requested_at)
         if ends is None or credential.expires_at is None or credential.expires_at <= ends:
             return credential
         return Credential(credential.password, user=user, expires_at=ends)
@@ -131,9 +136,12 @@ class Account:
             ProviderError: AWS said no, or there is nothing to sign the request with.
             ProviderTimeout: AWS did not answer in time.
         """
-        async with self._session_for(what) as session:
+
+        async def work(session: _Session) -> Mapping[str, object]:
             client = await self._client(session, user, service, _region(session, region))
             return await operation(client) or {}
+
+        return await self._work(what, work)
 
     def forget(self) -> None:
         """Look for credentials anew next time."""
@@ -145,17 +153,22 @@ class Account:
         if not self._users and self._home == (os.getpid(), asyncio.get_running_loop()):
             await self._close_clients()
 
-    @asynccontextmanager
-    async def _session_for(self, what: str) -> AsyncGenerator[_Session]:
-        with explained(what, self._clock):
+    async def _work(self, what: str, work: Callable[[_Session], Awaitable[_Made]]) -> _Made:
+        """Return what comes of `work`; what goes wrong there is raised in our words."""
+        with working_for_us(), watched() as exchange:
             try:
-                yield await self._open()
+                return await work(await self._open())
             except Exception as error:
                 if refuses_keys(error):
                     # The file that they come from may hold others by now.
                     self.forget()
                     await self._close_clients()
-                raise
+                failure = explain(what, error, exchange, self._clock)
+                if failure is None:
+                    raise
+                cause = summary_of(error)
+        # Here, where the exception is handled and gone: it would be the context of ours, with all that it holds.
+        raise failure from cause
 
     async def _open(self) -> _Session:
         home = (os.getpid(), asyncio.get_running_loop())
@@ -224,13 +237,29 @@ def _open_session(profile: str | None) -> _Session:
     session = _new_session(profile=profile)
     # One attempt each, because the manager is the one who tries again. The models are loaded in a thread for the
     # clients, too, that botocore makes for itself to assume a role.
-    config = AioConfig(
-        connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries={"total_max_attempts": 1}, warm_up_loader_caches=True
+    config = _Config(
+        connect_timeout=TIMEOUT,
+        read_timeout=TIMEOUT,
+        retries={"total_max_attempts": 1},
+        warm_up_loader_caches=True,
+        http_session_cls=Session,
     )
     session.set_default_client_config(config)
-    session.get_component("data_loader").file_loader = _PatientFiles()
+    session.register_component("response_parser_factory", ParserFactory())
+    cast("_Loader", session.get_component("data_loader")).file_loader = _PatientFiles()
+    guard_metadata(cast("_Resolver", session.get_component("credential_provider")).providers)
     session.get_scoped_config()
     return session
+
+
+class _Config(AioConfig):  # type: ignore[misc]  # aiobotocore has no types
+    """A configuration that stays ours in the clients that botocore makes for itself, to assume a role."""
+
+    def merge(self, other_config: AioConfig) -> AioConfig:
+        """Return this configuration with the options of another; aiobotocore 3.8 forgets its own two in doing so."""
+        merged: AioConfig = super().merge(other_config)
+        merged.http_session_cls, merged.warm_up_loader_caches = Session, True
+        return merged
 
 
 def _make_client(session: _Session, service: str, region: str) -> Client:
@@ -312,8 +341,14 @@ class _Loader(Protocol):
     file_loader: object
 
 
+class _Resolver(Protocol):
+    providers: list[object]
+
+
 class _Session(Protocol):
-    def get_component(self, name: str) -> _Loader: ...
+    def get_component(self, name: str) -> object: ...
+
+    def register_component(self, name: str, component: object) -> None: ...
 
     def get_config_variable(self, name: str) -> object: ...
 

@@ -11,6 +11,7 @@ from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError
 from asyncpool_creds._provider import Target
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._aws_account import Account, UnsignedToken
 from asyncpool_creds.providers._document import parse_object
@@ -127,6 +128,7 @@ class RDSIAM(_Signer):
         bound._account = self._account
         return bound
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a token signed now.
 
@@ -215,6 +217,7 @@ class AuroraDSQL(_Signer):
         bound._account = self._account
         return bound
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a token signed now.
 
@@ -280,6 +283,7 @@ class SecretsManager(_Provider):
         self._user: Final = user
         self._refresh_every: Final = parse_seconds("SecretsManager", "refresh_every", refresh_every)
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return what the current version of the secret holds now.
 
@@ -328,6 +332,7 @@ class SecretsManager(_Provider):
     def _unusable(self, reason: str) -> ProviderError:
         return ProviderError(f"SecretsManager: the secret {self._secret!r} is of no use: {reason}", retryable=False)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Close the connections to AWS; a later `fetch` opens new ones."""
         await self._account.aclose(self)
@@ -416,6 +421,7 @@ class Redshift(_Provider):
         bound._account = self._account
         return bound
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a user and password made now; serverless gives the same until its ``nextRefreshTime``.
 
@@ -475,6 +481,7 @@ class Redshift(_Provider):
         hint = refresh_at if isinstance(refresh_at, datetime) and refresh_at < ends else None
         return Credential(password, user=user, expires_at=ends, refresh_at=hint)
 
+    @clears_frames
     async def aclose(self) -> None:
         """Close the connections to AWS, unless others share them; a later `fetch` opens new ones."""
         await self._account.aclose(self)

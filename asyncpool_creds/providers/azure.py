@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import inspect
-import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,19 +20,20 @@ import anyio.to_thread
 try:
     from azure.core.credentials_async import AsyncSupportsTokenInfo, AsyncTokenCredential
     from azure.core.exceptions import AzureError, HttpResponseError, ServiceRequestError, ServiceResponseError
-    from azure.core.pipeline import PipelineRequest, PipelineResponse
-
-    # Else the SDK imports aiohttp when it makes its first request, which holds the event loop up for 150 ms.
-    from azure.core.pipeline.transport import AioHttpTransport  # noqa: F401 # pyright: ignore[reportUnusedImport]
     from azure.identity.aio import DefaultAzureCredential
+
+    # With aiohttp: else the SDK imports it when it makes its first request, which holds the event loop up for 150 ms.
+    from asyncpool_creds.providers._azure_http import HttpAnswer, Traffic, guard
 except ImportError as _missing:  # pragma: no cover
     raise ImportError("Entra needs azure-identity and aiohttp: pip install 'asyncpool-creds[azure]'") from _missing
 
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds._tracebacks import clears_frames
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._document import earliest_end, parse_object
+from asyncpool_creds.providers._foreign import keep_secrets_out_of_logs, summary_of, working_for_us
 from asyncpool_creds.providers._retry_after import parse_retry_after
 
 if TYPE_CHECKING:
@@ -47,11 +48,6 @@ _AnyCredential: TypeAlias = AsyncTokenCredential | AsyncSupportsTokenInfo
 
 # How long before its expiry azure-identity takes a token for due if it was not told (DEFAULT_REFRESH_OFFSET).
 _DUE_BEFORE_EXPIRY: Final = timedelta(minutes=5)
-# Beside 5xx: what passes (Microsoft: "How to use managed identities on an Azure VM to acquire an access token", error
-# handling; 404 and 410 are an endpoint that is being updated), and what HTTP itself means to pass.
-_TRANSIENT_STATUS: Final = frozenset({404, 408, 410, 425, 429})
-# Where a virtual machine has its metadata. Elsewhere nobody answers, so silence there says nothing.
-_METADATA_HOST: Final = "169.254.169.254"
 # Microsoft: "Microsoft Entra authentication and authorization error codes".
 _ADVICE: Final = {
     "AADSTS50034": "there is no such user in this tenant",
@@ -79,12 +75,16 @@ _ADVICE: Final = {
 _TRANSIENT_CODES: Final = frozenset({"AADSTS50196", "AADSTS90033", "AADSTS90055"})
 _NO_IDENTITY: Final = (
     "no identity to log in with; assign a managed identity to this host, set the AZURE_* variables of a service "
-    "principal or workload identity, or log in with 'az login'; the cause lists what was tried"
+    "principal or workload identity, or log in with 'az login'"
 )
 _CODE: Final = re.compile(r"AADSTS\d{4,8}")
 _USER_CLAIMS: Final = ("upn", "preferred_username", "unique_name")
 _IDENTITY_NAME: Final = re.compile(
     r"/providers/Microsoft\.ManagedIdentity/userAssignedIdentities/([^/]+)$", re.IGNORECASE
+)
+# The chains among its credentials, and each credential of a chain, log what was answered, in the text of exceptions.
+keep_secrets_out_of_logs(
+    [name for name in logging.root.manager.loggerDict if name.startswith(("azure.core", "azure.identity"))]
 )
 # Clients inherited by a forked child: closing their sockets is the parent's business, so they are only kept.
 _inherited: list[object] = []
@@ -140,7 +140,7 @@ class Entra:
         self._scope: Final = scope
         self._timeout: Final = parse_seconds("Entra", "timeout", timeout)
         self._clock: Final[Clock] = SYSTEM_CLOCK if clock is None else clock
-        self._traffic: Final = _Traffic()
+        self._traffic: Final = Traffic()
         self._own: DefaultAzureCredential | None = None
         self._home: tuple[int, AbstractEventLoop] | None = None
         self._closed = False
@@ -154,6 +154,7 @@ class Entra:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Entra provider holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return the newest token that can be had.
 
@@ -170,6 +171,7 @@ class Entra:
         """Let the next `fetch` give another token, if azure-identity can get one."""
         self._refused = credential.password
 
+    @clears_frames
     async def aclose(self) -> None:
         """Close the credential, if that is up to this provider; its own one is made anew by the next `fetch`."""
         if self._home not in (None, (os.getpid(), asyncio.get_running_loop())):
@@ -185,14 +187,24 @@ class Entra:
     async def _fetch(self) -> Credential:
         source = await self._open()
         requested_at = utc_now(self._clock)
-        try:
-            token = await self._ask(source)
-            if token.value == self._refused or (token.value == self._last and token.is_due(requested_at)):
-                token = await self._ask_past_the_cache(source, token)
-        except AzureError as error:
-            raise self._explain(error) from _without_what_was_said(error)
-        self._last, self._refused = token.value, None
-        return self._credential(token, requested_at)
+        guard(source, self._traffic)
+        with working_for_us():
+            try:
+                token = await self._ask(source)
+                if token.value == self._refused or (token.value == self._last and token.is_due(requested_at)):
+                    token = await self._ask_past_the_cache(source, token)
+            except ProviderError:
+                raise
+            except Exception as error:
+                if not isinstance(error, AzureError) and self._traffic.url is None:
+                    # Of a credential that is none of azure-identity's, or of its user.
+                    raise
+                failure, cause = self._explain(error), summary_of(error, self._safe_text(error))
+            else:
+                self._last, self._refused = token.value, None
+                return self._credential(token, requested_at)
+        # Here, where the exception is handled and gone: it would be the context of ours, with all that it holds.
+        raise failure from cause
 
     # The credential of azure-identity
 
@@ -226,11 +238,8 @@ class Entra:
 
     def _make_own(self) -> DefaultAzureCredential:
         try:
-            # A chain keeps only the text of an error, so its requests are watched. Retries are the manager's
-            # business, who honours Retry-After and can be closed meanwhile.
-            return DefaultAzureCredential(
-                retry_total=0, raw_request_hook=self._traffic.on_request, raw_response_hook=self._traffic.on_response
-            )
+            # Retries are the manager's business, who honours Retry-After and can be closed meanwhile.
+            return DefaultAzureCredential(retry_total=0)
         except (ValueError, TypeError, OSError) as error:
             raise ProviderError(
                 f"azure: DefaultAzureCredential cannot be made ({type(error).__name__}); check the AZURE_* variables",
@@ -243,11 +252,17 @@ class Entra:
             info = await cast("AsyncSupportsTokenInfo", source).get_token_info(
                 self._scope, options={} if claims is None else {"claims": claims}
             )
-            refresh_at = None if info.refresh_on is None else _moment(info.refresh_on)
-            return _Token(info.token, _moment(info.expires_on), refresh_at)
+            return self._token(info.token, info.expires_on, info.refresh_on)
         asked = cast("AsyncTokenCredential", cast("object", source))
         answer = await (asked.get_token(self._scope, claims=claims) if claims else asked.get_token(self._scope))
-        return _Token(answer.token, _moment(answer.expires_on), None)
+        return self._token(answer.token, answer.expires_on, None)
+
+    def _token(self, value: object, expires_on: float, refresh_on: float | None) -> _Token:
+        # azure-identity hands on what it was given under that name, be it what it may.
+        if not isinstance(value, str):
+            where = self._source or "the credential"
+            raise ProviderError(f"azure: {where} answered with something that is no token; is it a proxy?")
+        return _Token(value, _moment(expires_on), None if refresh_on is None else _moment(refresh_on))
 
     async def _ask_past_the_cache(self, source: _AnyCredential, held: _Token) -> _Token:
         try:
@@ -271,7 +286,7 @@ class Entra:
         except ValueError:
             raise ProviderError("azure: the token has characters that no server accepts as a password") from None
 
-    def _evidence(self, error: AzureError) -> tuple[_Answer | None, str | None, str | None]:
+    def _evidence(self, error: BaseException) -> tuple[HttpAnswer | None, str | None, str | None]:
         """Return what was answered, the code that Entra gave, and why there was no answer where one was due."""
         links = list(_links(error))
         answer = next(filter(None, map(_answer_in, links)), self._traffic.answer)
@@ -281,23 +296,38 @@ class Entra:
             return answer, code, None
         return None, code, "no answer" if lost is None else type(lost).__name__
 
-    def _explain(self, error: AzureError) -> ProviderError:
+    def _safe_text(self, error: BaseException) -> str | None:
+        """Return what the SDK says, where there was no answer that it could quote."""
+        return None if self._traffic.has_answers or _answer_in(error) is not None else str(error)
+
+    def _explain(self, error: BaseException) -> ProviderError:
         """Return what went wrong in words of ours: the SDK's may quote what was sent or received."""
+        traffic = self._traffic
+        if traffic.unusable is not None:
+            return ProviderError(f"azure: {self._source} {traffic.unusable}")
         answer, code, lost = self._evidence(error)
         if lost is not None:
-            where = self._traffic.host or "Entra, or the metadata endpoint,"
+            where = traffic.host or "Entra, or the metadata endpoint,"
             return ProviderError(f"azure: {where} cannot be reached ({lost}); check address and network")
         if answer is None and code is None:
-            return ProviderError(f"azure: {_NO_IDENTITY}", retryable=False)
+            return ProviderError(f"azure: {_NO_IDENTITY}; the cause lists what was tried", retryable=False)
         where = "Entra" if answer is None else answer.host
         told = ", ".join(filter(None, (None if answer is None else f"HTTP {answer.status}", code)))
         if code in _TRANSIENT_CODES or (answer is not None and answer.is_transient):
             wait = parse_retry_after(answer.retry_after, utc_now(self._clock)) if answer else None
             return ProviderError(f"azure: {where} is in trouble ({told}); it is asked again later", retry_after=wait)
         if answer is not None and answer.status < 400:
-            return ProviderError(f"azure: {where} answered with something that is no token ({told}); is it a proxy?")
+            said = f"azure: {self._source or where} answered with something that is no token ({told}); is it a proxy?"
+            return ProviderError(said)
         advice = _NO_IDENTITY if code is None else _ADVICE.get(code, "see Microsoft's list of AADSTS error codes")
         return ProviderError(f"azure: {where} refused ({told}); {advice}", retryable=False)
+
+    @property
+    def _source(self) -> str | None:
+        """Who was asked last: Entra is asked over TLS, and metadata services over plain HTTP."""
+        traffic = self._traffic
+        is_metadata = traffic.url is not None and traffic.url.startswith("http:")
+        return f"the metadata service {traffic.host}" if is_metadata else traffic.host
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,15 +342,12 @@ class _Token:
         return now >= (due_at if self.refresh_at is None else min(due_at, self.refresh_at))
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    host: str
-    status: int
-    retry_after: str | None
-
-    @property
-    def is_transient(self) -> bool:
-        return self.status >= 500 or self.status in _TRANSIENT_STATUS
+def _answer_in(error: BaseException) -> HttpAnswer | None:
+    response = cast("_Response | None", error.response) if isinstance(error, HttpResponseError) else None
+    if response is None:
+        return None
+    host = urlsplit(response.request.url).hostname or "Entra"
+    return HttpAnswer(host, response.status_code, response.headers.get("Retry-After"))
 
 
 class _Response(Protocol):
@@ -338,66 +365,11 @@ class _Request(Protocol):
     url: str
 
 
-class _Traffic:
-    """The last request of a credential, and what came of it.
-
-    Attributes:
-        host: Where it went; None: there was none.
-        answer: What came back; None: nothing.
-    """
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self.host: str | None = None
-        self.answer: _Answer | None = None
-
-    @property
-    def is_unanswered(self) -> bool:
-        return self.host is not None and self.answer is None
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether it should have been answered."""
-        return self.is_unanswered and self.host != _METADATA_HOST
-
-    def on_request(self, request: PipelineRequest[_Request]) -> None:
-        self.host, self.answer = _host(request.http_request), None
-
-    def on_response(self, response: PipelineResponse[_Request, _Response]) -> None:
-        self.answer = _answer(response.http_response)
-
-
-def _answer(response: _Response) -> _Answer:
-    return _Answer(_host(response.request), response.status_code, response.headers.get("Retry-After"))
-
-
-def _answer_in(error: BaseException) -> _Answer | None:
-    if not isinstance(error, HttpResponseError) or error.response is None:
-        return None
-    return _answer(cast("_Response", error.response))
-
-
-def _host(request: _Request) -> str:
-    return urlsplit(request.url).hostname or "Entra"
-
-
 def _links(error: BaseException | None) -> Iterator[BaseException]:
     """Yield `error` and what led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _without_what_was_said(error: AzureError) -> AzureError:
-    """Return `error` without requests and answers: there are secrets in them, and an exception can be pickled."""
-    for link in _links(error):
-        if isinstance(link, HttpResponseError):
-            link.response = None
-        if isinstance(link, json.JSONDecodeError):
-            link.doc = ""
-    return error
 
 
 def _check_credential(credential: object) -> None:

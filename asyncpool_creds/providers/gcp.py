@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import json
+import io
+import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Final, NoReturn, Protocol, cast
+from typing import Any, Final, NoReturn, Protocol, cast
 from urllib.parse import urlsplit
 
 import anyio
@@ -20,6 +22,7 @@ try:
     import google.auth
     import google.auth.transport
     import requests
+    import urllib3.exceptions
     from google.auth import compute_engine
     from google.auth.credentials import Credentials, Scoped
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
@@ -31,8 +34,16 @@ except ImportError as _missing:  # pragma: no cover
 from asyncpool_creds._clock import SYSTEM_CLOCK, Clock, utc_now
 from asyncpool_creds._credential import Credential
 from asyncpool_creds._errors import ProviderError, ProviderTimeout
+from asyncpool_creds._tracebacks import ForeignError, clears_frames
+from asyncpool_creds.providers._answers import UnusableAnswer, check_head, check_size, is_direct
 from asyncpool_creds.providers._arguments import check_text, parse_seconds
 from asyncpool_creds.providers._document import parse_object
+from asyncpool_creds.providers._foreign import (
+    NONSENSE,
+    keep_secrets_out_of_logs,
+    summary_of,
+    working_for_us,
+)
 from asyncpool_creds.providers._retry_after import parse_retry_after
 
 __all__ = ["LOGIN_SCOPE", "CloudSQLIAM"]
@@ -48,6 +59,10 @@ _TRANSIENT_STATUS: Final = frozenset({408, 429})
 # Threads cannot be cancelled; more than this many that hang are not waited for.
 _MAX_HANGING: Final = 3
 _SERVICE_ACCOUNT_DOMAIN: Final = ".gserviceaccount.com"
+# Bytes that are read at once.
+_CHUNK: Final = 1 << 14
+# Where the metadata server of Google has everything ("About VM metadata").
+_METADATA_PATH: Final = "/computeMetadata/"
 _NO_CREDENTIALS: Final = (
     "no usable credentials; attach a service account to this host, set GOOGLE_APPLICATION_CREDENTIALS to a file "
     "that is in order, or log in with 'gcloud auth application-default login'"
@@ -65,6 +80,8 @@ _ADVICE: Final = {
     "unauthorized_client": "the account may not have this scope, or not act for this subject",
 }
 _CODE: Final = re.compile(r"[A-Za-z_]{1,40}")
+# Where it does not find what it looks for, google-auth logs what it was answered instead.
+keep_secrets_out_of_logs([name for name in logging.root.manager.loggerDict if name.startswith("google.")])
 
 
 class CloudSQLIAM:
@@ -129,6 +146,7 @@ class CloudSQLIAM:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a CloudSQLIAM provider holds secrets and cannot be pickled; make one where it is needed")
 
+    @clears_frames
     async def fetch(self) -> Credential:
         """Return a token asked for now.
 
@@ -208,7 +226,7 @@ class _Errand:
 
     def abandon(self) -> None:
         """Let no further request be made."""
-        self._transport.ends_at = 0.0
+        self._transport.abandon()
 
     def run(self) -> tuple[Credentials, _Token]:
         """Return the credentials to go on with, and their token.
@@ -219,29 +237,91 @@ class _Errand:
         self._is_running = True
         transport = self._transport
         try:
-            login = _for_login(self._credentials or _find(transport), self._scope)
-            transport.is_refreshing = True
-            login.refresh(transport)
-            # It knows its address by now, and may have a new refresh token.
-            return cast("Credentials", login), _read(login)
+            with working_for_us():
+                login = _for_login(self._credentials or _find(transport), self._scope)
+                transport.is_refreshing = True
+                login.refresh(transport)
+                # It knows its address by now, and may have a new refresh token.
+                return cast("Credentials", login), _read(login)
+        except ProviderError as error:
+            # Of our own transport. It comes through frames of google-auth, which hold what was sent.
+            failure, cause = error.with_traceback(None), error.__cause__
+        except UnusableAnswer as error:
+            failure, cause = ProviderError(f"gcp: {transport.source} {error}"), summary_of(error)
         except GoogleAuthError as error:
-            _forget_what_was_said(error)
-            raise _explain(error, transport.answer) from error
-        except (LookupError, TypeError, ValueError) as error:
+            failure, cause = _explain(error, transport), summary_of(error, _safe_text(error, transport))
+        except NONSENSE as error:
             # google-auth does not look at what it is given before it takes something out.
-            _forget_what_was_said(error)
-            where = transport.answer.host if transport.answer else "google-auth"
-            what = f"gcp: {where} answered with something that is no token ({type(error).__name__}); is it a proxy?"
-            raise ProviderError(what) from error
+            failure, cause = ProviderError(_no_token(transport)), summary_of(error)
+        except Exception as error:
+            if not transport.has_sent:
+                raise
+            failure = ProviderError(f"gcp: google-auth failed at {transport.source} ({type(error).__name__})")
+            cause = summary_of(error)
         finally:
-            transport.session.close()
+            transport.close()
             self._is_running = False
+        # Here, where the exception is handled and gone: it would be the context of ours, with all that it holds.
+        failure.__context__ = None
+        raise failure from cause
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
     host: str
     status: int
+
+
+class _Session(requests.Session):
+    """What google-auth sends with: to the given address and no other, past every proxy where the answer is at home."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends_at = 0.0
+        # So that an answer is no larger than it looks.
+        self.headers["Accept-Encoding"] = "identity"
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Return None: requests would send the form, with client secret and refresh token, to wherever it is told."""
+        del resp
+        return None
+
+    def merge_environment_settings(self, url: Any, *settings: Any, **named: Any) -> Any:
+        """Return the settings for a request to `url`; a proxy is none of them on the way to a metadata service."""
+        merged = super().merge_environment_settings(url, *settings, **named)
+        if is_direct(str(url)):
+            merged["proxies"] = {}
+        return merged
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """Return the answer to `request`, which has been read.
+
+        Raises:
+            UnusableAnswer: There is too much of it, or it points to another address.
+            requests.RequestException: It takes too long, or breaks off.
+        """
+        response = super().send(request, **{**options, "stream": True})
+        with contextlib.closing(response.raw) as raw:
+            # Whatever is still coming is not waited for.
+            check_head(response.status_code, response.headers)
+            response.raw = io.BytesIO(self._read(raw))
+        return response
+
+    def _read(self, raw: Any) -> bytes:
+        body = bytearray()
+        # Of two ways to read, the one that waits for no more than the next packet; urllib3 before 2 has not got it.
+        read = getattr(raw, "read1", raw.read)
+        try:
+            while chunk := read(_CHUNK):
+                body += chunk
+                check_size(len(body))
+                if time.monotonic() > self.ends_at:
+                    raise requests.ReadTimeout("the answer takes too long")
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise requests.ReadTimeout(error) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise requests.ConnectionError(error) from error
+        return bytes(body)
 
 
 class _Transport(google.auth.transport.Request):
@@ -252,18 +332,42 @@ class _Transport(google.auth.transport.Request):
     business, who can be closed meanwhile.
 
     Attributes:
-        ends_at: When the fetch ends, by the monotonic clock.
         is_refreshing: False while credentials are looked for, where silence means that there is no server.
         answer: The last answer.
+        has_answers: Whether there was one at all, so that what google-auth says may quote it.
     """
 
     def __init__(self, ends_at: float, now: datetime) -> None:
-        self.session = requests.Session()  # google-auth looks for it
+        self.session = _Session()  # google-auth looks for it
+        self.session.ends_at = ends_at
         self._send = cast("Callable[..., _Response]", Request(self.session))
-        self.ends_at = ends_at
         self.is_refreshing = False
         self.answer: _Answer | None = None
+        self.has_answers = False
+        self._url: str | None = None
         self._now = now
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether there was any request."""
+        return self._url is not None
+
+    @property
+    def source(self) -> str:
+        """Who was asked last."""
+        if self._url is None:
+            return "google-auth"
+        address = urlsplit(self._url)
+        host = address.hostname or "Google"
+        return f"the metadata service {host}" if address.path.startswith(_METADATA_PATH) else host
+
+    def abandon(self) -> None:
+        """Let no further request be made."""
+        self.session.ends_at = 0.0
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.session.close()
 
     def __call__(
         self,
@@ -274,27 +378,31 @@ class _Transport(google.auth.transport.Request):
         timeout: float | None = None,
         **more: object,
     ) -> _Response:
-        left = self.ends_at - time.monotonic()
+        left = self.session.ends_at - time.monotonic()
         if left <= 0:
             raise ProviderTimeout("gcp: no token in time")
+        self._url, self.answer = url, None
         host = urlsplit(url).hostname or "Google"
         try:
             response = self._send(url, method, body, headers, min(timeout or left, left), **more)
         except TransportError as error:
-            _forget_what_was_said(error)
             if not self.is_refreshing:
                 raise
             is_late = isinstance(error.__cause__, requests.Timeout)
             kind, what = (ProviderTimeout, "does not answer") if is_late else (ProviderError, "cannot be reached")
             reason = type(error.__cause__ or error).__name__
-            raise kind(f"gcp: {host} {what} ({reason}); check address and network") from error
-        self.answer = _Answer(host, response.status)
-        if self.is_refreshing and (response.status >= 500 or response.status in _TRANSIENT_STATUS):
+            failure = kind(f"gcp: {host} {what} ({reason}); check address and network")
+            failure.__cause__ = summary_of(error)
+        else:
+            self.answer, self.has_answers = _Answer(host, response.status), True
+            if not self.is_refreshing or not (response.status >= 500 or response.status in _TRANSIENT_STATUS):
+                return response
             wait = parse_retry_after(response.headers.get("Retry-After"), self._now)
-            raise ProviderError(
+            failure = ProviderError(
                 f"gcp: {host} is in trouble (HTTP {response.status}); it is asked again later", retry_after=wait
-            ) from requests.HTTPError(f"HTTP status {response.status}")
-        return response
+            )
+            failure.__cause__ = ForeignError(f"HTTP status {response.status}")
+        raise failure
 
 
 # google-auth has types for few of its names.
@@ -349,16 +457,26 @@ def _read(login: _Login) -> _Token:
 # Errors
 
 
-def _explain(error: GoogleAuthError, answer: _Answer | None) -> ProviderError:
+def _safe_text(error: GoogleAuthError, transport: _Transport) -> str | None:
+    """Return what google-auth says, where there was no answer that it could quote."""
+    return None if transport.has_answers else str(next(iter(error.args), ""))
+
+
+def _no_token(transport: _Transport) -> str:
+    return f"gcp: {transport.source} answered with something that is no token; is it a proxy?"
+
+
+def _explain(error: GoogleAuthError, transport: _Transport) -> ProviderError:
     """Return what went wrong in words of ours: google-auth quotes what it was answered."""
     if isinstance(error, DefaultCredentialsError):
         return ProviderError(f"gcp: {_NO_CREDENTIALS}", retryable=False)
-    retryable = bool(getattr(error, "retryable", False))
-    if answer is None or answer.status < 400:
-        where = "google-auth" if answer is None else answer.host
-        is_garbage = answer is not None and any(isinstance(link, TransportError) for link in _links(error))
-        what = f"gcp: {where} gave no token ({type(error).__name__}); see the cause"
-        return ProviderError(what, retryable=retryable or is_garbage)
+    answer, retryable = transport.answer, bool(getattr(error, "retryable", False))
+    if answer is None:
+        return ProviderError(
+            f"gcp: {transport.source} gave no token ({type(error).__name__}); see the cause", retryable=retryable
+        )
+    if answer.status < 400:
+        return ProviderError(_no_token(transport))
     code = next(filter(None, map(_code_in, error.args)), None)
     advice = _ADVICE.get(code or "", "check the credentials, and what they may do")
     if code is None and answer.status == 404:
@@ -376,19 +494,3 @@ def _code_in(said: object) -> str | None:
     if isinstance(code, Mapping):
         code = cast("Mapping[str, object]", code).get("status")
     return code if isinstance(code, str) and _CODE.fullmatch(code) else None
-
-
-def _links(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield `error` and what led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _forget_what_was_said(error: Exception) -> None:
-    """Take requests and answers out of exceptions: there are secrets in them, and an exception can be pickled."""
-    for link in _links(error):
-        if isinstance(link, requests.RequestException):
-            link.request = link.response = None
-        if isinstance(link, json.JSONDecodeError):
-            link.doc = ""

@@ -31,9 +31,11 @@ FOR_PROVIDERS = {
 # What several sources have in common; each may import what stands before it, and every source all of them.
 SHARED_BY_PROVIDERS = [
     *("_arguments", "_retry_after", "_document", "_redaction", "_http"),
+    *("_foreign", "_answers"),
     *("_token_endpoint", "_spent", "_exchange"),
     *("_vault_login", "_vault_server"),
-    *("_aws_errors", "_aws_account"),
+    *("_aws_http", "_aws_errors", "_aws_account"),
+    "_azure_http",
 ]
 FOR_STORAGE = set(CORE[: CORE.index("_manager")])
 ON_TOP = {"testing", "cli", "integrations"}

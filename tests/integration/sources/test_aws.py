@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 
@@ -28,6 +29,7 @@ from asyncpool_creds import (
     TokenManager,
     create_pool,
 )
+from asyncpool_creds._tracebacks import ForeignError
 from asyncpool_creds.providers.aws import RDSIAM, AuroraDSQL
 from asyncpool_creds.testing.door import TokenDoor
 from asyncpool_creds.testing.sigv4 import SigV4Verifier
@@ -663,8 +665,8 @@ async def test_sts_may_be_out_of_reach(stub):
         (exceptions.ConnectTimeoutError(endpoint_url="https://sts"), "did not answer within 10 s", True),
         (exceptions.SSLError(endpoint_url="https://sts", error="untrusted"), "check network, proxy and cert", True),
         (exceptions.ProxyConnectionError(proxy_url="http://proxy"), "check network, proxy and cert", True),
-        (json.JSONDecodeError("no", secret("document"), 0), "an answer makes no sense (JSONDecodeError)", True),
-        (KeyError("AccessKeyId"), "an answer makes no sense (KeyError)", True),
+        (json.JSONDecodeError("no", secret("document"), 0), "the credentials that sign make no sense", True),
+        (KeyError("AccessKeyId"), "the credentials that sign make no sense", True),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -680,7 +682,9 @@ async def test_what_botocore_cannot_do_is_told_apart(key, monkeypatch, error, te
     assert text in str(caught)
     assert caught.retryable is retryable
     assert isinstance(caught, ProviderTimeout) is ("did not answer" in text)
-    assert caught.__cause__ is error
+    # What stands for it has nothing but its class and its place.
+    assert isinstance(caught.__cause__, ForeignError)
+    assert re.fullmatch(rf"\S+\.{type(error).__name__} at test_aws\.py:\d+ in fail", str(caught.__cause__))
 
 
 async def test_an_error_keeps_no_request_and_no_document(key, monkeypatch):
@@ -699,7 +703,7 @@ async def test_garbage_instead_of_credentials_is_not_quoted(stub):
     with web_identity(stub):
         error = await refusal(rds())
 
-    assert "an answer makes no sense (ResponseParserError)" in str(error)
+    assert "127.0.0.1 answered with something that makes no sense (HTTP 200)" in str(error)
     assert error.retryable is True
     assert_no_secret(error)
 
@@ -709,7 +713,7 @@ async def test_garbage_of_a_credential_process_is_not_quoted(key):
 
     error = await refusal(RDSIAM(HOST, user="app", profile="app"))
 
-    assert "an answer makes no sense (JSONDecodeError)" in str(error)
+    assert "the credentials that sign make no sense; look at where" in str(error)
     assert_no_secret(error)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import pickle
 import ssl
 import time
@@ -17,7 +16,6 @@ import anyio.to_thread
 import azure.identity
 import pytest
 import trustme
-from azure.core.exceptions import ClientAuthenticationError
 from azure.identity import CredentialUnavailableError
 from azure.identity.aio import (
     ChainedTokenCredential,
@@ -29,7 +27,7 @@ from azure.identity.aio import (
 from lag_probe import watch_cold
 from metadata_stubs import Answer, MetadataStub, app_service, azure_environment, virtual_machine
 from processes import in_forked_child
-from support import assert_no_secret, find_secret, secret
+from support import assert_no_secret, secret
 
 import asyncpool_creds
 from asyncpool_creds import CredentialInvalidated, ProviderError, ProviderTimeout, TokenManager
@@ -78,12 +76,6 @@ async def make():
     yield make
     for provider in made:
         await provider.aclose()
-
-
-@pytest.fixture
-def quiet_sdk(caplog):
-    # It hands exceptions that know their request, secrets included, to its own log.
-    caplog.set_level(logging.CRITICAL, logger="azure")
 
 
 def client_secret(login, **options):
@@ -429,37 +421,16 @@ async def test_what_the_metadata_endpoint_answers_decides(make, stub, when, answ
         (500, 90033, True, "HTTP 500"),
     ],
 )
-async def test_what_entra_answers_decides(make, login, quiet_sdk, status, code, retryable, says):
+async def test_what_entra_answers_decides(make, login, status, code, retryable, says):
     description = f"AADSTS{code}: what {secret('client')} is about"
     login.answer = Answer(status, json.dumps({"error": "invalid_client", "error_description": description}))
     login.answer.headers.update({"Retry-After": "3"})
 
-    error = await refusal_without_its_cause(make(client_secret(login, retry_total=0)))
+    error = await refusal(make(client_secret(login, retry_total=0)))
 
     assert error.retryable is retryable
     assert says in str(error)
     assert error.retry_after == (3 if retryable else None)
-
-
-async def refusal_without_its_cause(provider):
-    """Return the error; the cause is azure-identity's, which quotes what it was answered."""
-    try:
-        await provider.fetch()
-    except ProviderError as error:
-        cause, error.__cause__, error.__context__ = error.__cause__, None, None
-        assert isinstance(cause, ClientAuthenticationError)
-        assert find_secret(error) is None
-        return error
-    pytest.fail("there was a token")
-
-
-async def test_no_exception_knows_the_request_with_the_secret(make, login, quiet_sdk):
-    login.answer = Answer(401, '{"error": "invalid_client", "error_description": "AADSTS7000215"}')
-
-    error = await refusal(make(client_secret(login)))
-
-    assert_no_secret(error)
-    assert error.__cause__.response is None
 
 
 async def test_an_authority_that_cannot_be_reached_is_asked_again(make):
@@ -477,7 +448,7 @@ async def test_where_there_is_no_identity_it_says_what_to_do(make):
 
     assert not error.retryable
     assert "az login" in str(error)
-    assert isinstance(error.__cause__, ClientAuthenticationError)
+    assert "EnvironmentCredential authentication unavailable" in str(error.__cause__)
 
 
 async def test_an_environment_that_contradicts_itself_is_an_error_for_good(make):
@@ -488,12 +459,13 @@ async def test_an_environment_that_contradicts_itself_is_an_error_for_good(make)
     assert "AZURE_* variables" in str(error)
 
 
-async def test_a_chain_that_was_handed_in_tells_no_more_than_that_it_failed(make, stub):
+async def test_a_chain_that_was_handed_in_tells_what_it_was_answered(make, stub):
     stub.answer = Answer(500)
 
     error = await refusal(make(ChainedTokenCredential(ManagedIdentityCredential(retry_total=0))))
 
-    assert not error.retryable
+    assert error.retryable
+    assert "127.0.0.1 is in trouble (HTTP 500)" in str(error)
 
 
 async def test_a_token_that_no_server_accepts_is_an_error(make):
