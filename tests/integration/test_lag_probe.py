@@ -102,6 +102,13 @@ async def test_every_refresh_is_watched_and_none_after_the_end():
 
 
 async def test_what_blocks_in_the_first_refresh_of_a_process_is_seen():
-    probe = await watch_cold(f"import time\nasync def token():\n    time.sleep({_LONG})\n    return 'token'", "token")
+    source = f"async def block():\n    time.sleep({_LONG})\n    return 'token'"
+    probe = await watch_cold(f"import time\n{source}", "block")
 
     assert probe.blocking
+
+
+async def test_a_source_that_is_not_async_blocks_nothing_in_the_first_refresh_of_a_process():
+    probe = await watch_cold("import time", f"lambda: time.sleep({_LONG}) or 'token'")
+
+    assert probe.blocking == []
