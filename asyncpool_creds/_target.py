@@ -80,23 +80,6 @@ class Route:
         """Whether there is TLS on the way to every host that is reached by TCP."""
         return self.tls in ("verified", "authority", "unverified")
 
-    @property
-    def transport(self) -> str:
-        """What is on the way, in words."""
-        if all(_is_socket(target.host) for target in self.targets):
-            return "Unix socket"
-        return _IN_WORDS[self.tls]
-
-
-_IN_WORDS: Final[Mapping[TlsLevel, str]] = {
-    "verified": "TLS, server verified",
-    "authority": "TLS, server's certificate verified but not its name",
-    "unverified": "TLS, server not verified",
-    "preferred": "TLS if the server has it, server not verified",
-    "disabled": "no TLS",
-    "unknown": "as connect= decides",
-}
-
 
 def routing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """Return those of asyncpg.connect's keyword `arguments` that say where a connection goes."""
