@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterable
 from typing import Final
@@ -81,6 +82,10 @@ class SlotQueue:
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._pass_on(turn.result())
+                else:
+                    # If no connection comes back for long, thousands would lie here.
+                    with contextlib.suppress(ValueError):
+                        self._waiting.remove(turn)
                 raise
             finally:
                 if impatience is not None:

@@ -104,6 +104,20 @@ async def test_a_slot_that_was_handed_to_one_who_is_cancelled_goes_to_the_next(f
     assert queue.qsize() == 0
 
 
+async def test_nothing_is_kept_of_those_who_have_given_up():
+    queue = queue_of()
+    tasks = await waiting(queue, 100)
+    still_there = tasks.pop(50)
+
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+    assert len(queue._waiting) == 1
+    queue.put_nowait(Slot("back"))
+    assert (await still_there).name == "back"
+
+
 @pytest.mark.parametrize("fair", [True, False])
 async def test_whoever_was_cancelled_a_moment_before_is_passed_over(fair):
     slot = Slot("slot")
