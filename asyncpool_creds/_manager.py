@@ -231,8 +231,8 @@ class TokenManager:
     loop of its first use. After a fork, the child starts afresh with the credential it inherited.
 
     Args:
-        provider: The source: a provider, or a (possibly async) function that returns a
-            `Credential` or a token. The manager closes it with itself.
+        provider: The source: a provider, or a function that returns a `Credential` or a token; one
+            that is not async is called in a thread. The manager closes it with itself.
         refresh_threshold: Seconds (or a timedelta) before expiry at which a refresh is
             due; default: the smaller of five minutes and a fifth of the life. A threshold
             that is not shorter than a credential's life is cut to a fifth of it. A
