@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import ssl
@@ -197,7 +198,8 @@ class Connector:
     ) -> tuple[AnyConnection, Stamp]:
         # The stamp is the one whose secret is used: a rotation during the handshake leaves it behind.
         stamp = await manager.stamp()
-        began = manager.clock.monotonic()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         has_served = self._accepted is not None and self._accepted() is stamp
         try:
             return await self._connect_with(manager, stamp, dsn, arguments, force_tls=force_tls), stamp
@@ -205,7 +207,7 @@ class Connector:
             if not self._is_refused(error):
                 error.add_note(_note(manager, stamp, error))
                 raise
-            left, took = stamp.seconds_left(manager.clock), manager.clock.monotonic() - began
+            left, took = stamp.seconds_left(manager.clock), loop.time() - began
             newer = await self._ask_for_newer(manager, stamp, error, lasting=took)
             if newer is None:
                 raise

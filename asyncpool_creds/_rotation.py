@@ -284,13 +284,20 @@ class Rotation:
         Cancelling this changes nothing for the replacement.
         """
         old = slot.connection
-        timer = self._loop.call_later(_REPLACEMENT_GRACE, self._serve_overdue, None)
+        give_up_at = self._loop.time() + _REPLACEMENT_GRACE
+        timer = self._loop.call_at(give_up_at, self._end_grace)
         self.look()
         self._attempt_on_call()
         if self._pausing is not None:
             self._pausing.set()
         try:
-            while self._running and slot.connection is old and not self._serves_overdue:
+            while (
+                self._running
+                and not self._serves_overdue
+                and slot.connection is old is not None
+                and not old.is_closed()  # asyncpg 0.30 and 0.31 leave what has died where it was
+                and self._loop.time() < give_up_at
+            ):
                 waiter: asyncio.Future[None] = self._loop.create_future()
                 self._waiting.add(waiter)
                 try:
@@ -299,6 +306,10 @@ class Rotation:
                     self._waiting.discard(waiter)
         finally:
             timer.cancel()
+
+    def _end_grace(self) -> None:
+        self._serve_overdue(None)
+        self._wake_waiting()
 
     def _attempt_on_call(self) -> None:
         """Begin an attempt where none begins in the background."""
