@@ -66,6 +66,8 @@ SAME_SECRET_FLOOR: Final = 30.0
 LIFETIME_JITTER: Final = 0.05
 RECONNECT_BASE: Final = 0.05
 RECONNECT_CAP: Final = 1.0
+# Seconds before the first of them ends in which none is replaced by plan: a connect may take longer than usual.
+REPLACEMENT_RESERVE: Final = 0.5
 # The gap after a background connect, in its own durations: of a hundred callers, one can meet it.
 COURTESY: Final = 99
 # Seconds; a slow server takes long for a connect, but not the loop's time.
@@ -272,12 +274,17 @@ def replacement_gap(
     """Return the seconds to wait between two background connects.
 
     Never faster than `per_second`. With `spread`, the `pending` ones take four fifths of the `window` that is left
-    until the first of them ends, jittered. Without, or where there is no window, it is ninety-nine times as long as
+    until the first of them ends, jittered; of a short one less, down to its half, so that there is time for a connect
+    that takes longer than usual. Without, or where there is no window, it is ninety-nine times as long as
     the last connect took, half a second at most, so that callers do not feel it; or less, if time gets short.
     """
     cap = 1 / per_second
     courtesy = min(cost * COURTESY, COURTESY_CAP)
     if window is None:
         return max(cap, courtesy)
-    even = max(window, 0.0) * 0.8 / max(pending, 1)
+    window = max(window, 0.0)
+    planned = window * 0.8
+    if spread:
+        planned = min(planned, window - min(REPLACEMENT_RESERVE, window / 2))
+    even = planned / max(pending, 1)
     return max(cap, even * (0.5 + chance / 2) if spread else min(even, courtesy))

@@ -294,6 +294,12 @@ def test_replacements_are_spread_over_four_fifths_of_the_time():
     assert gap(window=100.0, chance=0.0) == pytest.approx(4.0)
 
 
+def test_of_a_short_time_a_reserve_is_kept_for_a_late_connect():
+    assert gap(window=2.5, chance=0.999999) == pytest.approx(0.2, rel=1e-3)
+    assert gap(window=2.0, chance=0.999999) == pytest.approx(0.15, rel=1e-3)
+    assert gap(window=0.9, chance=0.999999, per_second=1000.0) == pytest.approx(0.045, rel=1e-3)
+
+
 def test_those_that_are_not_spread_take_no_more_time_than_they_need():
     assert gap(window=100.0, spread=False) == pytest.approx(0.1)
     assert gap(window=100.0, spread=False, cost=3.0) == pytest.approx(0.5)
