@@ -460,6 +460,8 @@ class Rotation:
             # Superseded before it stood: a connect takes longer than a credential is current. Still the better one.
             self._late_spare = spare if self._due(spare) == "rotated" else None
             await self._find_a_place(spare)
+            if not self._in_background and not self._waiting:
+                return  # the next call begins the next one
             gap = _policy.replacement_gap(
                 pending=len(pending),
                 window=_window(pending),
