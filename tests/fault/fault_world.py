@@ -31,6 +31,8 @@ _ASYNCPGS_OWN: tuple[str, ...] = (
     "Resetting connection with an active transaction",
     # Pool.release() forgets its shielded task when it is cancelled; the connection may die before that has ended.
     r"Task exception was never retrieved: .* coro=<[\w.]*release\w*\(\) done",
+    # asyncpg.connect forgets the future of the server's answer about TLS when it is cancelled while it waits for that.
+    r"Future exception was never retrieved: ConnectionError\('unexpected connection_lost\(\) call'\)",
 )
 if not hasattr(asyncpg.Pool, "get_init_size"):
     # Before 0.32 asyncpg.connect forgets a future of its own when it is cancelled during the login,
