@@ -296,7 +296,8 @@ class Rotation:
                 and not self._serves_overdue
                 and slot.connection is old is not None
                 and not old.is_closed()  # asyncpg 0.30 and 0.31 leave what has died where it was
-                and self._loop.time() < give_up_at
+                and self._is_overdue(old)  # not if its credential was renewed
+                and self._loop.time() < give_up_at - _CLOCK_GRAIN
             ):
                 waiter: asyncio.Future[None] = self._loop.create_future()
                 self._waiting.add(waiter)
@@ -306,6 +307,10 @@ class Rotation:
                     self._waiting.discard(waiter)
         finally:
             timer.cancel()
+
+    def _is_overdue(self, connection: AnyConnection) -> bool:
+        session = self._host.session_of(connection)
+        return session is not None and session.is_overdue(self._clock, self._retire_when)
 
     def _end_grace(self) -> None:
         self._serve_overdue(None)
@@ -323,8 +328,7 @@ class Rotation:
         connection that is due is ever at rest: the one who waits for this slot would have it again before anything
         else can happen.
         """
-        session = self._host.session_of(connection)
-        if session is not None and session.is_overdue(self._clock, self._retire_when) and self._usable_spare():
+        if self._is_overdue(connection) and self._usable_spare():
             return "expired"
         reason = self._due(connection) if self.is_making_room else None
         if reason is not None:

@@ -266,3 +266,18 @@ async def test_a_session_that_cannot_be_replaced_is_not_closed_for_being_idle(cl
         await pool.manager.refresh()
         await cloud.until(lambda: pool.stats().past_end == 0)
         assert not old & set(await pids_of(pool, 2))
+
+
+async def test_a_credential_that_is_renewed_past_its_end_saves_its_connections(cloud):
+    secret_of_all = secret()
+
+    def renewed():
+        return Credential(secret_of_all, expires_at=cloud.clock.now() + timedelta(seconds=600))
+
+    cloud.provider.play(renewed)
+    async with cloud.pool(credentials=cloud.manager(background=False), max_size=1) as pool:
+        old = await pool.fetchval(PID)
+        cloud.clock.advance(700)
+
+        assert await pool.fetchval(PID) == old
+        assert pool.stats().by_generation == {1: 1}
