@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
 
+import asyncpool_creds
 from asyncpool_creds import ConnectionRetired, Credential, TokenManager, _slots, _watchdog, create_pool
 from asyncpool_creds._events import Observers
 from asyncpool_creds.testing import RecordingObserver
@@ -19,6 +21,7 @@ from asyncpool_creds.testing.postgres import PostgresServer
 pytestmark = pytest.mark.anyio
 
 PID = "SELECT pg_backend_pid()"
+PACKAGES = tuple(os.path.dirname(package.__file__) + os.sep for package in (asyncpg, asyncpool_creds))  # noqa: PTH120
 # What a caller gives a query, and what may be left behind by it when its time is up.
 DEADLINE = 0.1
 BEHIND = 1.0
@@ -629,7 +632,13 @@ async def test_a_replacement_that_hangs_in_its_connect_stands_in_nobodys_way(net
 
 async def assert_nothing_left():
     """No task of asyncpg's or ours, and no connection that the client has open."""
-    await until(lambda: not [task for task in asyncio.all_tasks() if "asyncpg" in repr(task) or "creds" in repr(task)])
+    await until(lambda: not any(map(runs_in_a_package, asyncio.all_tasks())))
+
+
+def runs_in_a_package(task):
+    """Return whether a task runs code of asyncpg's or ours; its name may say anything, and so may the paths in it."""
+    code = getattr(task.get_coro(), "cr_code", None)
+    return code is not None and code.co_filename.startswith(PACKAGES)
 
 
 # The watchdog.
