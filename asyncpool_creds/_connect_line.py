@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import copy
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
@@ -39,6 +38,24 @@ class ConnectLine(Generic[ConnectionT]):
         is_waiting: Called with True when somebody begins to wait, and with False when nobody does any more.
     """
 
+    __slots__ = (
+        "_attempts",
+        "_connect",
+        "_discard",
+        "_error",
+        "_failures",
+        "_is_closed",
+        "_is_in_use",
+        "_is_waiting",
+        "_line",
+        "_loop",
+        "_out_of_patience",
+        "_passes",
+        "_patience",
+        "_pause",
+        "_report",
+    )
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -57,7 +74,7 @@ class ConnectLine(Generic[ConnectionT]):
         self._report: Final = report
         self._discard: Final = discard
         self._is_waiting: Final = is_waiting
-        self._line: Final[deque[asyncio.Future[ConnectionT]]] = deque()
+        self._line: Final[list[asyncio.Future[ConnectionT]]] = []
         self._attempts: Final[set[asyncio.Task[None]]] = set()
         self._pause: asyncio.Future[None] | None = None
         self._out_of_patience: Final[set[asyncio.Future[ConnectionT]]] = set()
@@ -196,7 +213,7 @@ class ConnectLine(Generic[ConnectionT]):
     def _next(self) -> asyncio.Future[ConnectionT] | None:
         """Return the turn of whoever waits longest, and take it out of the line; None: nobody waits."""
         while self._line:
-            turn = self._line.popleft()
+            turn = self._line.pop(0)
             if not turn.done():
                 self._see_who_is_left()
                 return turn

@@ -165,7 +165,8 @@ class Connector:
                 )
             raise
 
-    def _is_refused(self, error: Exception) -> bool:
+    def is_refused(self, error: BaseException) -> bool:
+        """Return whether the error of a connect says that the server refused the credential."""
         if self._is_refusal(error):
             return True
         # After a refusal under TLS, asyncpg's sslmode=prefer tries without; 0.30 and 0.31 then report that one only.
@@ -204,7 +205,7 @@ class Connector:
         try:
             return await self._connect_with(manager, stamp, dsn, arguments, force_tls=force_tls), stamp
         except Exception as error:
-            if not self._is_refused(error):
+            if not self.is_refused(error):
                 error.add_note(_note(manager, stamp, error))
                 raise
             left, took = stamp.seconds_left(manager.clock), loop.time() - began
@@ -215,7 +216,7 @@ class Connector:
             connection = await self._connect_with(manager, newer, dsn, arguments, force_tls=force_tls)
         except Exception as error:
             outcome = ""
-            if self._is_refused(error):
+            if self.is_refused(error):
                 self._refused_when_new = weakref.ref(newer)
                 outcome = _TWO_REFUSED
                 self._report(manager, newer, error, retrying=False)

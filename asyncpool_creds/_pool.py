@@ -183,10 +183,9 @@ class CredentialPool(_Pool[RecordT]):
                 raise TypeError(f"{name} must be a function that takes a connection, not {type(hook).__name__}")
         self._retire_when: RetireWhen = retire_when
         self._expired_sessions: ExpiredSessions = expired_sessions
-        self._is_refusal = is_refusal
         self._max_lifetime = None if max_lifetime is None else _policy.parse_seconds("max_lifetime", max_lifetime)
         patience = _policy.parse_seconds("connect_patience", connect_patience, zero=True)
-        self._per_second = _policy.parse_rate("max_reconnects_per_second", max_reconnects_per_second)
+        per_second = _policy.parse_rate("max_reconnects_per_second", max_reconnects_per_second)
         self._events = Observers(on_event)
         self.before_acquire = before_acquire
         self.after_release = after_release
@@ -244,7 +243,7 @@ class CredentialPool(_Pool[RecordT]):
             loop=self._loop,
             clock=self._clock,
             retire_when=retire_when,
-            per_second=self._per_second,
+            per_second=per_second,
             has_hooks=before_acquire is not None or after_release is not None,
             observers=self._events,
         )
@@ -541,7 +540,7 @@ class CredentialPool(_Pool[RecordT]):
 
     def _is_passing(self, error: BaseException) -> bool:
         # Of a pool that has been let in before, a refusal may pass too: a clock that is ahead, keys that are rotated.
-        return is_passing(error) or (self._opened > 0 and self._is_refusal(error))
+        return is_passing(error) or (self._opened > 0 and self.is_refused(error))
 
     def _somebody_waits(self, waiting: bool) -> None:
         self.released = self._released_to_line if waiting else self._rotation.released
@@ -647,7 +646,7 @@ class CredentialPool(_Pool[RecordT]):
 
     def is_refused(self, error: BaseException) -> bool:
         """Return whether the error of a connect says that the credential was refused."""
-        return self._is_refusal(error)
+        return self._connector is not None and self._connector.is_refused(error)
 
     def is_making_room(self) -> bool:
         """Return whether a connection that comes back may have to be closed, because of one that takes its place."""

@@ -168,6 +168,40 @@ class Rotation:
         failures: Attempts at that which failed.
     """
 
+    __slots__ = (
+        "_alarm",
+        "_clock",
+        "_closing_old",
+        "_failure",
+        "_has_hooks",
+        "_host",
+        "_in_background",
+        "_is_opening",
+        "_late_spare",
+        "_loop",
+        "_news",
+        "_next_try",
+        "_observers",
+        "_one_for_one",
+        "_overdue_since",
+        "_pauses_after_failure",
+        "_pausing",
+        "_per_second",
+        "_promise",
+        "_retire_when",
+        "_room",
+        "_running",
+        "_serves_overdue",
+        "_spare",
+        "_task",
+        "_waiting",
+        "calm",
+        "epoch",
+        "failures",
+        "is_making_room",
+        "replaced",
+    )
+
     def __init__(
         self,
         host: RotationHost,
@@ -294,7 +328,8 @@ class Rotation:
             while (
                 self._running
                 and not self._serves_overdue
-                and slot.connection is old is not None
+                and old is not None
+                and slot.connection is old
                 and not old.is_closed()  # asyncpg 0.30 and 0.31 leave what has died where it was
                 and self._is_overdue(old)  # not if its credential was renewed
                 and self._loop.time() < give_up_at - _CLOCK_GRAIN

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import asyncpool_creds
 from asyncpool_creds.cli import demo, workload
 from asyncpool_creds.testing.issuer import TokenIssuer
 
@@ -193,6 +195,9 @@ def test_the_exit_status_is_1_when_a_query_of_ours_fails(monkeypatch, capfd):
             return "forgotten"
 
     monkeypatch.setattr(demo, "TokenIssuer", Forgetful)
+    # Else its sessions would serve on.
+    strict = functools.partial(asyncpool_creds.create_pool, expired_sessions="refuse")
+    monkeypatch.setattr(asyncpool_creds, "create_pool", strict)
 
     status = demo.run(demo.Options(duration=2.5, token_lifetime=1.0, workers=4, pool_size=2, baseline=False, json=True))
 
