@@ -30,8 +30,8 @@ class ConnectLine(Generic[ConnectionT]):
     Args:
         loop: The event loop.
         connect: Opens a connection.
-        patience: Seconds for which a caller goes on where connects fail; 0: each caller connects by itself, as in
-            asyncpg. A connect that has not failed by then is waited for.
+        patience: Seconds for which a caller goes on where connects fail. A connect that has not failed by then is
+            waited for.
         passes: Decides whether the error of a connect passes by itself.
         report: Called with the error of each failed attempt, how many are waiting, and the seconds until the next.
         discard: Called with a connection that nobody waits for any more.
@@ -92,8 +92,6 @@ class ConnectLine(Generic[ConnectionT]):
             Exception: Of the last attempt, when the patience has ended; one that does not pass, at once.
             asyncpg.InterfaceError: The pool is closing.
         """
-        if self._patience == 0:
-            return await self._connect()
         if self._is_closed:
             raise _closing()
         turn: asyncio.Future[ConnectionT] = self._loop.create_future()

@@ -195,15 +195,17 @@ class CredentialPool(_Pool[RecordT]):
         super().__init__(dsn, **arguments)
 
         self._slot_queue = SlotQueue(fair=fair)
-        self._connect_line: ConnectLine[AnyConnection] = ConnectLine(
-            self._loop,
-            connect=self._new_connection,
-            patience=patience,
-            passes=self._is_passing,
-            report=self._report_connect_failure,
-            discard=self._find_a_slot,
-            is_waiting=self._somebody_waits,
-        )
+        self._connect_line: ConnectLine[AnyConnection] | None = None
+        if patience:
+            self._connect_line = ConnectLine(
+                self._loop,
+                connect=self._new_connection,
+                patience=patience,
+                passes=self._is_passing,
+                report=self._report_connect_failure,
+                discard=self._find_a_slot,
+                is_waiting=self._somebody_waits,
+            )
         # With a reset= of the user's own, too, which is for asyncpg to call.
         self._checks_out_itself = fast_path and is_supported()
         self._fast_path: FastPath | None = None
@@ -364,7 +366,8 @@ class CredentialPool(_Pool[RecordT]):
             return
         if self._initializing:
             self._check_init()  # which raises, before anything is undone
-        self._connect_line.close()
+        if self._connect_line is not None:
+            self._connect_line.close()
         try:
             if self._initialized and not self._closed:
                 # Now, as asyncpg does with its first step: what is being undone below is not for those who come.
@@ -372,7 +375,8 @@ class CredentialPool(_Pool[RecordT]):
                 self._slot_queue.close()
             try:
                 await self._rotation.stop()
-                await self._connect_line.wait_closed()
+                if self._connect_line is not None:
+                    await self._connect_line.wait_closed()
             except BaseException:
                 self.terminate()
                 raise
@@ -389,7 +393,8 @@ class CredentialPool(_Pool[RecordT]):
         if self._is_inherited:
             return
         super().terminate()
-        self._connect_line.abandon()
+        if self._connect_line is not None:
+            self._connect_line.abandon()
         self._slot_queue.close()
         self._rotation.abandon()
         for connection in tuple(self._closings.values()):
@@ -507,7 +512,7 @@ class CredentialPool(_Pool[RecordT]):
         spare = await self._rotation.take_spare()
         if spare is not None:
             return spare
-        if not self._initialized or self._is_maintaining_floor():
+        if self._connect_line is None or not self._initialized or self._is_maintaining_floor():
             return await self._new_connection()
         return await self._connect_line.open()
 
@@ -526,7 +531,8 @@ class CredentialPool(_Pool[RecordT]):
             raise asyncpg.InterfaceError("pool is closing")
         self._opened += 1
         self._rotation.recovered()
-        self._connect_line.recovered()
+        if self._connect_line is not None:
+            self._connect_line.recovered()
         session = self._sessions.get(connection)
         self._events(
             ConnectionOpened(
@@ -552,6 +558,7 @@ class CredentialPool(_Pool[RecordT]):
             connection is not None
             and slot.is_at_rest
             and self.end_of(connection) is None
+            and self._connect_line is not None
             and self._connect_line.give(connection)
         ):
             slot.vacate()

@@ -57,22 +57,12 @@ def callers(line: Line, count: int) -> list[asyncio.Task[int]]:
     return [asyncio.create_task(line.open()) for _ in range(count)]
 
 
-@pytest.mark.parametrize("patience", [0, 10])
-async def test_connects_that_succeed_wait_for_nobody(clock, patience):
+async def test_connects_that_succeed_wait_for_nobody(clock):
     server = Server(duration=1)
 
-    assert sorted(await asyncio.gather(*callers(Line(server, patience), 3))) == [1, 2, 3]
+    assert sorted(await asyncio.gather(*callers(Line(server), 3))) == [1, 2, 3]
 
     assert (server.peak, clock.monotonic()) == (3, 1)
-
-
-async def test_without_patience_an_error_is_raised_at_once(clock):
-    server = Server(error=ConnectionRefusedError())
-
-    with pytest.raises(ConnectionRefusedError):
-        await Line(server, 0).open()
-
-    assert len(server.attempts) == 1
 
 
 async def test_an_error_that_does_not_pass_is_raised_at_once(clock):
