@@ -13,13 +13,13 @@ import asyncpg
 
 from asyncpool_creds import _policy
 
-__all__ = ["ConnectLine"]
+__all__ = ["CONNECT_GRACE", "ConnectLine"]
 
 ConnectionT = TypeVar("ConnectionT")
 
 # A connect that is cancelled while the server's answer about TLS arrives ends in an InvalidStateError in asyncpg's
 # protocol (0.30 to 0.32), for the loop's exception handler; so a close gives a quick one the time to finish.
-_CONNECT_GRACE: Final = 0.5
+CONNECT_GRACE: Final = 0.5
 
 
 class ConnectLine(Generic[ConnectionT]):
@@ -136,7 +136,7 @@ class ConnectLine(Generic[ConnectionT]):
     async def wait_closed(self) -> None:
         """Wait for the end of the attempts that were under way; those that take long are cancelled."""
         if self._attempts:
-            await asyncio.wait(tuple(self._attempts), timeout=_CONNECT_GRACE)
+            await asyncio.wait(tuple(self._attempts), timeout=CONNECT_GRACE)
         self.abandon()
         if self._attempts:
             await asyncio.wait(tuple(self._attempts))

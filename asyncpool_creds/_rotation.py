@@ -17,6 +17,7 @@ from asyncpool_creds import _policy
 from asyncpool_creds._alarm import Alarm
 from asyncpool_creds._clock import Clock, utc_now
 from asyncpool_creds._connect_errors import class_and_code
+from asyncpool_creds._connect_line import CONNECT_GRACE
 from asyncpool_creds._connector import AnyConnection
 from asyncpool_creds._events import ExpiredSessionsServed, Observers, ReplacementFailed, RetireReason
 from asyncpool_creds._manager import Stamp
@@ -31,9 +32,6 @@ ExpiredSessions: TypeAlias = Literal["serve", "refuse"]
 _WATCH_INTERVAL: Final = 60.0
 # By so much the clocks may have moved on while something was computed from them.
 _CLOCK_GRAIN: Final = 0.001
-# A connect that is cancelled while the server's answer about TLS arrives ends in an InvalidStateError in asyncpg's
-# protocol (0.30 to 0.32), for the loop's exception handler; so a close gives a quick one the time to finish.
-_CONNECT_GRACE: Final = 0.5
 # Seconds that an acquire waits for the replacement of a connection past its end, where one may be had. No longer: the
 # server takes the old session, and whoever waits longer pays for somebody else's outage.
 _REPLACEMENT_GRACE: Final = 1.0
@@ -396,7 +394,7 @@ class Rotation:
         """Replace nothing any more; wait for what is under way to be undone."""
         self._running = False
         if self._task is not None and self._is_opening:
-            await asyncio.wait((self._task,), timeout=_CONNECT_GRACE)
+            await asyncio.wait((self._task,), timeout=CONNECT_GRACE)
         self.abandon()
         if self._task is not None:
             await asyncio.wait((self._task,))

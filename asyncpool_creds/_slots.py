@@ -293,14 +293,21 @@ class Slot(_Holder):
         calm = owner.calm
         if calm.monotonic() < calm.until and calm.time() < calm.until_wall:
             return _acquire(self)
-        if self._con is not None and not self._con.is_closed():
-            reason = owner.end_of(self._con)
-            if reason is not None:
-                owner.retire(self._con, reason)
-                owner.close_later(self.vacate())
-            elif owner.is_worth_replacing(self._con):
-                return self._acquire_replaced(owner)
+        connection = self.connection
+        if connection is None or connection.is_closed() or self._close_if_ended(owner):
+            return self._acquire_as_it_is(owner)  # which connects, if there is none
+        if owner.is_worth_replacing(connection):
+            return self._acquire_replaced(owner)
         return self._acquire_as_it_is(owner)
+
+    def _close_if_ended(self, owner: SlotOwner) -> bool:
+        """Close the connection here if it must not be handed out any more, and return whether that is so."""
+        reason = owner.end_of(self._con)
+        if reason is None:
+            return False
+        owner.retire(self._con, reason)
+        owner.close_later(self.vacate())
+        return True
 
     def _acquire_as_it_is(self, owner: SlotOwner) -> Coroutine[Any, Any, AnyProxy]:
         if owner.before_acquire is None:
@@ -310,10 +317,7 @@ class Slot(_Holder):
     async def _acquire_replaced(self, owner: SlotOwner) -> AnyProxy:
         await owner.wait_for_replacement(self)
         if self._con is not None and not self._con.is_closed():
-            reason = owner.end_of(self._con)  # drained meanwhile
-            if reason is not None:
-                owner.retire(self._con, reason)
-                owner.close_later(self.vacate())
+            self._close_if_ended(owner)  # drained meanwhile
         return await self._acquire_as_it_is(owner)
 
     async def _acquire_approved(self, owner: SlotOwner, hook: ConnectionHook) -> AnyProxy:
@@ -467,12 +471,9 @@ class Slot(_Holder):
             self._proxy = None
         try:
             await super().connect()
-            reason = owner.end_of(self._con)
-            if reason is not None:
+            if self._close_if_ended(owner):
                 # Drained, or its credential expired, during the handshake. Once more and no oftener:
                 # a server that is slower than its tokens live would keep us here for ever.
-                owner.retire(self._con, reason)
-                owner.close_later(self.vacate())
                 await super().connect()
             elif owner.is_worth_replacing(self._con):
                 await owner.wait_for_replacement(self)
