@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn, Self, TypeVar
 
 from asyncpool_creds._expiry import LONGEST_PASSWORD, read_validity
 
-__all__ = ["Credential", "Sealed", "password_flaw", "text_flaw"]
+__all__ = ["Credential", "Sealed", "never_pickled", "password_flaw", "text_flaw"]
+
+_Class = TypeVar("_Class")
 
 # Fingerprints are keyed and die with the process: a hash of a short password that
 # anyone could recompute from a log would be the password itself, a little slower.
@@ -35,9 +38,31 @@ class Sealed:
     __deepcopy__ = __reduce__ = _refuse
 
 
+def never_pickled(message: str) -> Callable[[type[_Class]], type[_Class]]:
+    """Return a decorator for a class whose instances are not pickled, nor give their state to who asks for it.
+
+    It stands above ``@dataclass``: CPython before 3.11.4 writes a ``__getstate__`` of its own over that of a frozen
+    dataclass with slots (https://github.com/python/cpython/issues/104035).
+
+    Args:
+        message: What the TypeError says.
+    """
+
+    def refuse(_self: object) -> NoReturn:
+        raise TypeError(message)
+
+    def seal(cls: type[_Class]) -> type[_Class]:
+        for name in ("__reduce__", "__getstate__"):
+            setattr(cls, name, refuse)
+        return cls
+
+    return seal
+
+
 _SEAL: Final = Sealed("a Credential is not copied field by field, since that would show its secret: read what you need")
 
 
+@never_pickled("a Credential cannot be pickled: fetch it again where it is needed")
 @dataclass(frozen=True, slots=True)
 class Credential:
     """A user's password or token, immutable, with the time it ends.
@@ -129,13 +154,6 @@ class Credential:
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Credential cannot be pickled: fetch it again where it is needed")
-
-    # What a dataclass with slots has for pickle, and others call for the same purpose.
-    def __getstate__(self) -> NoReturn:
-        self.__reduce__()
 
 
 def password_flaw(password: str) -> str | None:

@@ -6,9 +6,9 @@ import json
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, NoReturn, Protocol, Self, cast, runtime_checkable
+from typing import Final, Protocol, Self, cast, runtime_checkable
 
-from asyncpool_creds._credential import Credential, Sealed
+from asyncpool_creds._credential import Credential, Sealed, never_pickled
 from asyncpool_creds.storage.memory import MemoryStorage
 
 __all__ = ["MemoryStorage", "SpentMarks", "StoredTokens", "TokenStorage"]
@@ -35,6 +35,7 @@ class LaterFormatError(UnreadableTokensError):
 _SEAL: Final = Sealed("StoredTokens are not copied field by field, since that would show them: use to_json()")
 
 
+@never_pickled("StoredTokens cannot be pickled: write down what to_json() returns, where nobody else reads it")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTokens:
     """What is kept between two fetches, immutable.
@@ -118,13 +119,6 @@ class StoredTokens:
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("StoredTokens cannot be pickled: write down what to_json() returns, where nobody else reads it")
-
-    # What a dataclass with slots has for pickle, and others call for the same purpose.
-    def __getstate__(self) -> NoReturn:
-        self.__reduce__()
 
     @classmethod
     def _read(cls, text: str | bytes) -> Self | None:
