@@ -126,7 +126,8 @@ async def test_a_crowd_of_callers_does_not_hammer_a_source_that_is_down(new_mana
             await manager.get()
         await asyncio.sleep(0.1)
 
-    assert provider.calls <= 60 / 1 + 60 / 5  # on demand, and on the manager's own account
+    # On demand; and on the manager's own account, after 2.5 s on average: chance does not make that twice as many.
+    assert provider.calls <= 60 / 1 + 2 * 60 / 2.5
 
 
 async def test_the_error_is_forgotten_when_the_source_is_back(new_manager, provider, clock):
