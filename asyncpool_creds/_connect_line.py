@@ -25,7 +25,9 @@ CONNECT_GRACE: Final = 0.5
 class ConnectLine(Generic[ConnectionT]):
     """Opens connections in tasks of its own while somebody waits, and goes on where that fails in a way that passes.
 
-    As long as connects succeed, there is one for each who waits; while they fail, there is one at a time for all.
+    As long as connects succeed, there is one for each who waits; while they fail, there is one at a time for all. The
+    pauses between those end when they end, whoever waits by then: a caller who waits for the whole of its patience
+    sees at least one attempt.
 
     Args:
         loop: The event loop.
@@ -49,6 +51,7 @@ class ConnectLine(Generic[ConnectionT]):
         "_is_waiting",
         "_line",
         "_loop",
+        "_next_attempt",
         "_out_of_patience",
         "_passes",
         "_patience",
@@ -77,6 +80,7 @@ class ConnectLine(Generic[ConnectionT]):
         self._line: Final[list[asyncio.Future[ConnectionT]]] = []
         self._attempts: Final[set[asyncio.Task[None]]] = set()
         self._pause: asyncio.Future[None] | None = None
+        self._next_attempt = 0.0  # on the loop's clock; counts while connects fail
         self._out_of_patience: Final[set[asyncio.Future[ConnectionT]]] = set()
         self._failures = 0
         self._error: Exception = asyncpg.InterfaceError("no connect has been tried yet")
@@ -124,8 +128,8 @@ class ConnectLine(Generic[ConnectionT]):
 
     def recovered(self) -> None:
         """Try again at once: the server has taken a connection."""
-        if self._pause is not None and not self._pause.done():
-            self._pause.set_result(None)
+        self._next_attempt = 0.0
+        self._end_pause()
 
     def close(self) -> None:
         """Send everybody away, and begin no more attempts."""
@@ -177,7 +181,9 @@ class ConnectLine(Generic[ConnectionT]):
                 self._error = error
                 if self._failures == failures:  # else others that began with it have failed as well
                     self._failures += 1
-                    self._report(error, len(self._line), _policy.reconnect_delay(self._failures, chance=0.5))
+                    delay = self._delay()
+                    self._next_attempt = self._loop.time() + delay
+                    self._report(error, len(self._line), delay)
                 for turn in self._out_of_patience:
                     self._give_up(turn)
             else:
@@ -185,15 +191,25 @@ class ConnectLine(Generic[ConnectionT]):
                 self._pass_on(connection)
                 return
 
-    async def _wait(self) -> None:
-        self._pause = self._loop.create_future()
+    def _delay(self) -> float:
         delay = _policy.reconnect_delay(self._failures, chance=random.random())  # noqa: S311 - jitter
-        timer = self._loop.call_later(delay, self.recovered)
+        # What comes within the pause must have time for an attempt of its own.
+        return min(delay, self._patience / 2)
+
+    async def _wait(self) -> None:
+        if self._next_attempt <= self._loop.time():
+            return
+        self._pause = self._loop.create_future()
+        timer = self._loop.call_at(self._next_attempt, self._end_pause)
         try:
             await self._pause
         finally:
             timer.cancel()
             self._pause = None
+
+    def _end_pause(self) -> None:
+        if self._pause is not None and not self._pause.done():
+            self._pause.set_result(None)
 
     def _ended(self, attempt: asyncio.Task[None]) -> None:
         self._attempts.discard(attempt)
@@ -222,7 +238,7 @@ class ConnectLine(Generic[ConnectionT]):
         if not self._line and self._is_in_use:
             self._is_in_use = False
             self._is_waiting(False)
-            self.recovered()  # what pauses sees that nobody waits
+            self._end_pause()  # what pauses sees that nobody waits
 
     def _refuse_first(self, error: Exception) -> None:
         self._failures = 0

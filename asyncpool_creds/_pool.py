@@ -514,7 +514,11 @@ class CredentialPool(_Pool[RecordT]):
             return spare
         if self._connect_line is None or not self._initialized or self._is_maintaining_floor():
             return await self._new_connection()
-        return await self._connect_line.open()
+        connection = await self._connect_line.open()
+        if self.is_closing():  # since it was handed over
+            connection.terminate()
+            raise asyncpg.InterfaceError("pool is closing")
+        return connection
 
     async def _new_connection(self, *, replacement: bool = False) -> AnyConnection:
         started = self._clock.monotonic()

@@ -130,6 +130,34 @@ async def test_a_connection_that_nobody_waits_for_any_more_is_discarded(clock):
     assert line.discarded == [1]
 
 
+@pytest.mark.parametrize("patience", [0.01, 0.05, 0.3, 2.0])
+async def test_short_patience_still_sees_an_attempt_of_its_own(clock, patience):
+    server = Server(error=ConnectionRefusedError())
+    line = Line(server, patience)
+    for _ in range(20):
+        before = len(server.attempts)
+        with pytest.raises(ConnectionRefusedError):
+            await line.open()
+        assert len(server.attempts) > before
+    server.error = None
+
+    assert await line.open() == 1
+
+
+async def test_the_pause_after_a_failure_goes_on_while_nobody_waits(clock):
+    server = Server(error=ConnectionRefusedError())
+    line = Line(server, 4)
+    with pytest.raises(ConnectionRefusedError):
+        await line.open()
+    server.error = None
+    await asyncio.sleep(2)
+    now = clock.monotonic()
+
+    assert await line.open() == 1
+
+    assert clock.monotonic() == now
+
+
 async def test_a_caller_gives_up_when_its_patience_has_ended(clock):
     line = Line(Server(error=ConnectionRefusedError(111, "refused")), 3)
 
