@@ -139,6 +139,7 @@ async def test_short_patience_still_sees_an_attempt_of_its_own(clock, patience):
         with pytest.raises(ConnectionRefusedError):
             await line.open()
         assert len(server.attempts) > before
+        await asyncio.sleep(0.001)  # nobody waits for a moment
     server.error = None
 
     assert await line.open() == 1
